@@ -18,13 +18,14 @@ Not timed: making the inputs, comparing the results.
 
 import argparse
 import contextlib
-import copy
 import functools
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import socket
 import statistics
@@ -33,6 +34,9 @@ import tempfile
 import threading
 import time
 from multiprocessing import connection, shared_memory
+
+if __name__ == "__main__":  # Ctrl-C waits until main() can end the run cleanly
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import numpy as np
 import psutil
@@ -132,6 +136,10 @@ SCRIPT = os.path.basename(__file__)
 ERROR = f"{SCRIPT}: error:"
 
 
+def terminate(*_):
+    sys.exit(1)
+
+
 @contextlib.contextmanager
 def start_pool(name, num_cpus, initializer=threading.Barrier.wait, *initargs):
     """Yield a Pool whose workers are up: `initializer` waits at the barrier it gets."""
@@ -141,7 +149,9 @@ def start_pool(name, num_cpus, initializer=threading.Barrier.wait, *initargs):
     def watch():  # Pool.map would wait for ever for a worker that died
         connection.wait([worker.sentinel for worker in workers])
         if not closing.is_set():
-            print(f"{ERROR} {name}: a worker process died", file=sys.stderr, flush=True)
+            print(
+                f"{ERROR} {name}: a worker died; run again", file=sys.stderr, flush=True
+            )
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
             time.sleep(5)  # closing a Pool hangs if the dead worker held a lock of it
             for worker in multiprocessing.active_children():
@@ -169,19 +179,20 @@ def start_ray(num_cpus):
     from ray._private.utils import read_ray_address
 
     address = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
-        options = {
-            "num_cpus": num_cpus,
-            "include_dashboard": False,
-            "_temp_dir": folder,
-        }
+    folder = tempfile.mkdtemp(dir="/tmp")
+    options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": folder}
+    # Ray prints there what it says as an exception, too.
+    with contextlib.redirect_stdout(io.StringIO()):
         try:
             if address:
                 print(f"joining the Ray cluster at {address}", file=sys.stderr)
-                # ray.init would try a dead address for three minutes.
-                socket.create_connection(address.rsplit(":", 1), timeout=10).close()
+                try:  # ray.init would try a dead address for three minutes
+                    socket.create_connection(address.rsplit(":", 1), timeout=9).close()
+                except (OSError, ValueError):
+                    sys.exit(f"{ERROR} it does not answer: unset RAY_ADDRESS, ray stop")
                 options = {"address": address}
             ray.init(logging_level="error", log_to_driver=False, **options)
+            signal.signal(signal.SIGTERM, terminate)  # Ray has put its own there
             cpus, here = int(ray.cluster_resources()["CPU"]), os.cpu_count()
             if cpus < num_cpus:
                 sys.exit(f"{ERROR} {num_cpus} workers, but Ray has only {cpus} CPUs")
@@ -191,9 +202,12 @@ def start_ray(num_cpus):
         except ray.exceptions.RayTaskError:
             raise  # the workload's own error
         except ray.exceptions.RayError as error:
-            sys.exit(f"{ERROR} ray: {str(error).splitlines()[-1]}")
+            why, died, _ = str(error).splitlines()[-1].partition(". Worker exit type")
+            sys.exit(f"{ERROR} ray: {why}{', and its state is lost' if died else ''}")
         finally:
             ray.shutdown(wait_for_processes=True)
+            while os.path.exists(folder):  # workers still write their last logs
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def compare(args, num_cpus, environment):
@@ -211,7 +225,7 @@ def compare(args, num_cpus, environment):
                 start = time.perf_counter()
                 result = trial()
                 seconds.append(time.perf_counter() - start)
-                reference = copy.deepcopy(result) if reference is None else reference
+                reference = result if reference is None else reference
                 if not same_result(result, reference):
                     sys.exit(f"{ERROR} {name} differs from {args.implementations[0]}")
                 del result  # or freeing it would count in the next trial
@@ -246,14 +260,15 @@ def print_table(records):
         print(row + "█" * round(12 * mean / ranking[-1]["mean_seconds"]))
     for r in records:
         if r["std_seconds"] > 0.1 * r["mean_seconds"]:
-            print(f"{r['implementation']} varies by over 10%: close other programs")
+            what = "varies by over 10%: close other programs or raise --num-trials"
+            print(f"{r['implementation']} {what}")
     fastest, *others = ranking
     for r in others:
         ratio = r["mean_seconds"] / fastest["mean_seconds"]
         print(
             f"{fastest['implementation']} is {ratio:.2f}x as fast as {r['implementation']}"
         )
-    print("All results agree.")
+    print("All results agree.\n")
 
 
 def main():
@@ -283,30 +298,36 @@ def main():
         low, high = LIMITS.get(name, (1, 10**6))
         if type(value) is int and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
-    if len(set(args.implementations)) < len(args.implementations):
+    if len({*args.implementations}) < len(args.implementations):
         parser.error("--implementations names one twice")
+    # Serial first, as speedups refer to it.
+    args.implementations = sorted(args.implementations, key=names.index)
     environment = {"python": platform.python_version(), "platform": platform.platform()}
     environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
     environment["physical_cores"] = cores
     work = WORK.format(**vars(args))
     versions = ", ".join(f"{key} {value}" for key, value in environment.items())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    sweep = {}
+    signal.signal(signal.SIGTERM, terminate)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for num_cpus in args.num_cpus:
             if not args.json:
-                print(
-                    f"{work}; {num_cpus} workers on {cores} physical cores", flush=True
-                )
-                print(
-                    f"{args.num_trials} trials, {args.num_warmups} warm-ups; {versions}"
-                )
-            records = []
+                print(f"{work}; {num_cpus} workers on {cores} physical cores")
+                passes = f"{args.num_trials} trials after {args.num_warmups} warm-ups"
+                print(f"{passes}; {versions}\n", flush=True)
+            sweep[num_cpus] = []
             for record in compare(args, num_cpus, environment):
-                records.append(record)
+                sweep[num_cpus].append(record)
                 if args.json:
                     print(json.dumps(record), flush=True)
             if not args.json:
-                print_table(records)
+                print_table(sweep[num_cpus])
+        if len(sweep) > 1 and not args.json:
+            print("mean seconds; the work grows with the number of workers")
+            print("workers", *(f"{name:>22}" for name in args.implementations))
+            for num_cpus, records in sweep.items():
+                print(f"{num_cpus:7}", *(f"{r['mean_seconds']:22.4f}" for r in records))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

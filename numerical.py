@@ -46,7 +46,7 @@ PACKAGES = ["numpy", "psutil", "ray", "scipy"]
 WORK = (
     "one {image_size} x {image_size} image, a {filter_size} x {filter_size} filter each"
 )
-SIZES = {"image_size": (3000, "pixels a side"), "filter_size": (4, "pixels a side")}
+SIZES = {"--image-size": (3000, "pixels a side"), "--filter-size": (4, "pixels a side")}
 NUM_WARMUPS = 5  # Ray's object store takes about five to reach its steady speed
 same_result = np.array_equal
 
@@ -136,10 +136,6 @@ SCRIPT = os.path.basename(__file__)
 ERROR = f"{SCRIPT}: error:"
 
 
-def terminate(*_):
-    sys.exit(1)
-
-
 @contextlib.contextmanager
 def start_pool(name, num_cpus, initializer=threading.Barrier.wait, *initargs):
     """Yield a Pool whose workers are up: `initializer` waits at the barrier it gets."""
@@ -149,9 +145,7 @@ def start_pool(name, num_cpus, initializer=threading.Barrier.wait, *initargs):
     def watch():  # Pool.map would wait for ever for a worker that died
         connection.wait([worker.sentinel for worker in workers])
         if not closing.is_set():
-            print(
-                f"{ERROR} {name}: a worker died; run again", file=sys.stderr, flush=True
-            )
+            print(f"{ERROR} {name}: a worker died; run again", file=sys.stderr)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
             time.sleep(5)  # closing a Pool hangs if the dead worker held a lock of it
             for worker in multiprocessing.active_children():
@@ -179,7 +173,7 @@ def start_ray(num_cpus):
     from ray._private.utils import read_ray_address
 
     address = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    folder = tempfile.mkdtemp(dir="/tmp")
+    on_sigterm, folder = signal.getsignal(signal.SIGTERM), tempfile.mkdtemp(dir="/tmp")
     options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": folder}
     # Ray prints there what it says as an exception, too.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -192,7 +186,7 @@ def start_ray(num_cpus):
                     sys.exit(f"{ERROR} it does not answer: unset RAY_ADDRESS, ray stop")
                 options = {"address": address}
             ray.init(logging_level="error", log_to_driver=False, **options)
-            signal.signal(signal.SIGTERM, terminate)  # Ray has put its own there
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
             cpus, here = int(ray.cluster_resources()["CPU"]), os.cpu_count()
             if cpus < num_cpus:
                 sys.exit(f"{ERROR} {num_cpus} workers, but Ray has only {cpus} CPUs")
@@ -210,7 +204,7 @@ def start_ray(num_cpus):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def compare(args, num_cpus, environment):
+def compare(args, num_cpus, facts):
     """Run each implementation, check every result, yield its record (see --json)."""
     inputs, reference, serial_mean = make_inputs(args, num_cpus), None, None
     for name in args.implementations:
@@ -241,8 +235,7 @@ def compare(args, num_cpus, environment):
             "mean_seconds": mean,
             "std_seconds": statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
             "speedup": serial_mean and serial_mean / mean,
-            "parameters": {key: getattr(args, key) for key in ["seed", *SIZES]},
-            "environment": environment,
+            **facts,
         }
 
 
@@ -251,10 +244,8 @@ def print_table(records):
     ranking = sorted(records, key=lambda record: record["mean_seconds"])
     print(f"{'seconds':22}{'set-up':>7}{'mean ± std':>17}{'min … max':>17}  speedup")
     for r in records:
-        mean, std, seconds = r["mean_seconds"], r["std_seconds"], r["trial_seconds"]
-        row = (
-            f"{r['implementation']:22}{r['setup_seconds']:7.2f}{mean:9.4f} ± {std:.4f}"
-        )
+        name, mean, seconds = r["implementation"], r["mean_seconds"], r["trial_seconds"]
+        row = f"{name:22}{r['setup_seconds']:7.2f}{mean:9.4f} ± {r['std_seconds']:.4f}"
         row += f"{min(seconds):9.4f} … {max(seconds):.4f}"
         row += f"{r['speedup']:8.2f}x  " if r["speedup"] else 11 * " "
         print(row + "█" * round(12 * mean / ranking[-1]["mean_seconds"]))
@@ -262,12 +253,10 @@ def print_table(records):
         if r["std_seconds"] > 0.1 * r["mean_seconds"]:
             what = "varies by over 10%: close other programs or raise --num-trials"
             print(f"{r['implementation']} {what}")
-    fastest, *others = ranking
-    for r in others:
-        ratio = r["mean_seconds"] / fastest["mean_seconds"]
-        print(
-            f"{fastest['implementation']} is {ratio:.2f}x as fast as {r['implementation']}"
-        )
+    best, best_mean = ranking[0]["implementation"], ranking[0]["mean_seconds"]
+    for r in ranking[1:]:
+        ratio = r["mean_seconds"] / best_mean
+        print(f"{best} is {ratio:.2f}x as fast as {r['implementation']}")
     print("All results agree.\n")
 
 
@@ -286,13 +275,10 @@ def main():
     add("--num-warmups", type=int, default=NUM_WARMUPS, help="untimed passes before")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--json", action="store_true", help="print JSON lines instead of tables")
-    for name, (default, text) in SIZES.items():
-        add(
-            "--" + name.replace("_", "-"),
-            type=type(default),
-            default=default,
-            help=text,
-        )
+    sizes = [
+        add(flag, type=type(default), default=default, help=text).dest
+        for flag, (default, text) in SIZES.items()
+    ]
     args = parser.parse_args()
     for name, value in [*vars(args).items(), *(("num_cpus", n) for n in args.num_cpus)]:
         low, high = LIMITS.get(name, (1, 10**6))
@@ -305,10 +291,12 @@ def main():
     environment = {"python": platform.python_version(), "platform": platform.platform()}
     environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
     environment["physical_cores"] = cores
+    parameters = {name: getattr(args, name) for name in ["seed", *sizes]}
+    facts = {"parameters": parameters, "environment": environment}
     work = WORK.format(**vars(args))
     versions = ", ".join(f"{key} {value}" for key, value in environment.items())
     sweep = {}
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         for num_cpus in args.num_cpus:
@@ -317,7 +305,7 @@ def main():
                 passes = f"{args.num_trials} trials after {args.num_warmups} warm-ups"
                 print(f"{passes}; {versions}\n", flush=True)
             sweep[num_cpus] = []
-            for record in compare(args, num_cpus, environment):
+            for record in compare(args, num_cpus, facts):
                 sweep[num_cpus].append(record)
                 if args.json:
                     print(json.dumps(record), flush=True)

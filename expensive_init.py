@@ -205,7 +205,7 @@ def start_pool(name, num_cpus, initializer=threading.Barrier.wait, *initargs):
             time.sleep(5)  # closing a Pool hangs if the dead worker held a lock of it
             for worker in multiprocessing.active_children():
                 worker.kill()
-            os._exit(1)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     # The workers inherit the blocked signal: Ctrl-C is for the main process alone.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])

@@ -374,14 +374,14 @@ KILLED = [
 
 @pytest.mark.parametrize(("script", "name", "pattern", "message"), KILLED)
 def test_killed_process(script, name, pattern, message, made):
-    more = {"numerical": "--image-size 2000", "stateful": "--num-documents 30"}
-    more["expensive_init"] = "--num-batches 100"
-    flags = f"--num-trials 8 --num-cpus 2 --implementations serial {name}"
+    more = {"numerical": "--image-size 2000", "stateful": "--words-per-document 12000"}
+    more["expensive_init"] = "--num-batches 60"
+    names = name if message else f"serial {name}"
+    flags = f"--num-trials 20 --num-cpus 2 --implementations {names}"
     process = start(script, f"{flags} {made[-1][script]} {more[script]}")
-    # The workers of a pool have begun their trials a second after they started.
-    begun = "^ray::PrefixCounter.add" if "raylet" in pattern else pattern
-    wait_for(process, begun, count=2)
-    time.sleep(1 if name != "ray" else 0)
+    # A second after its workers are there, a run has begun its trials.
+    wait_for(process, "^ray::(filt|Pref|Clas)" if name == "ray" else pattern, count=2)
+    time.sleep(1)
     wait_for(process, pattern)[0].kill()
     output, error = process.communicate(timeout=60)
     assert process.returncode == (message is not None), output + error

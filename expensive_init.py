@@ -11,7 +11,7 @@ save_model.py makes the model and the images; run it first.
   multiprocessing-tuned  a Pool whose initializer loads, once in every process
   ray                    an actor per worker, which loads when it starts
 
-Run: python expensive_init.py, or, with nothing installed but uv, uv run it.
+Run: python expensive_init.py; with nothing but uv installed, uv run expensive_init.py.
 Timed: shipping batches (as slices of the images), classifying, collecting labels.
 Set-up, importing TensorFlow and loading, is timed apart. Not timed: comparing results.
 """
@@ -71,7 +71,7 @@ def load_images(path):
         images = np.load(path)
         if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
             raise ValueError("no uint8 images of 28 x 28")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, AttributeError) as error:
         where = f"{path} on {platform.node()}"
         raise OSError(f"{where}: {error}; run save_model.py there") from error
     return images
@@ -100,11 +100,9 @@ class Classifier:
             if self.model.input_shape != (None, 28, 28):
                 raise ValueError("it takes no images of 28 x 28")
         except Exception as error:
-            where, why = (
-                f"{model_path} on {platform.node()}",
-                str(error).splitlines()[0].strip("."),
-            )
-            raise OSError(f"{where}: {why}; run save_model.py there") from error
+            node, why = platform.node(), str(error).partition("\n")[0].strip(".")
+            problem = f"{model_path} on {node}: {why}; run save_model.py there"
+            raise OSError(problem) from error
 
     def classify(self, batch):
         """Return the labels of the images in the slice `batch`, int64 (batch_size,)."""

@@ -119,9 +119,8 @@ def run_multiprocessing(batches, num_cpus):
         def trial():
             counters = [PrefixCounter() for _ in range(num_cpus)]
             for batch in batches:
-                counters = pool.starmap(
-                    add_words, zip(counters, route(batch, num_cpus))
-                )
+                pairs = zip(counters, route(batch, num_cpus))
+                counters = pool.starmap(add_words, pairs)
             return set().union(*(counter.popular() for counter in counters))
 
         yield trial
@@ -169,9 +168,8 @@ def run_multiprocessing_tuned(batches, num_cpus):
 # ---- ray ----
 def run_ray(batches, num_cpus):
     with start_ray(num_cpus) as ray:
-        actor_class = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(
-            PrefixCounter
-        )
+        options = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
+        actor_class = ray.remote(**options)(PrefixCounter)
         actors = [actor_class.remote() for _ in range(num_cpus)]
         ray.get([actor.__ray_ready__.remote() for actor in actors])
 

@@ -4,28 +4,26 @@
 # ///
 """Expensive initialization: classify images with a model that takes long to load.
 
-save_model.py makes the model and the images; run it first.
+Each worker gets --num-batches; save_model.py makes model and images, so run it first.
 
   serial                 loads once, in this process; TensorFlow uses every core
-  multiprocessing        Pool.map, which keeps nothing: every call loads
+  multiprocessing        Pool.starmap, which keeps nothing: every call loads
   multiprocessing-tuned  a Pool whose initializer loads, once in every process
   ray                    an actor per worker, which loads when it starts
 
-Run: python expensive_init.py; with nothing but uv installed, uv run expensive_init.py.
-Timed: shipping batches (as slices of the images), classifying, collecting labels.
-Set-up, importing TensorFlow and loading, is timed apart. Not timed: comparing results.
+Run: python expensive_init.py, or uv run expensive_init.py. Timed: shipping batches (as
+slices), classifying, collecting labels. Set-up, which loads, is timed apart.
 """
 
 import argparse
 import contextlib
 import functools
 import importlib.metadata
-import io
+import itertools
 import json
 import multiprocessing
 import os
 import platform
-import shutil
 import signal
 import socket
 import statistics
@@ -33,32 +31,31 @@ import sys
 import tempfile
 import threading
 import time
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 
-if __name__ == "__main__":  # Ctrl-C waits until main() can end the run cleanly
+if __name__ == "__main__":  # Ctrl-C waits for interruptible(); workers never see it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import numpy as np
 import psutil
 
-PACKAGES = ["numpy", "psutil", "ray", "tensorflow"]
-WORK = "per worker {num_batches} batches of {batch_size} images"
+PACKAGES, NUM_WARMUPS = ["numpy", "psutil", "ray", "tensorflow"], 1
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 SIZES = {
-    "--num-batches": (10, "per worker"),
-    "--batch-size": (10000, "images"),
-    "--model-path": (os.path.join(FOLDER, "model.keras"), "made by save_model.py"),
-    "--images-path": (os.path.join(FOLDER, "images.npy"), "made by save_model.py"),
+    "num_batches": (10, "per worker"),
+    "batch_size": (10000, "images"),
+    "model_path": (f"{FOLDER}/model.keras", "made by save_model.py"),
+    "images_path": (f"{FOLDER}/images.npy", "made by save_model.py"),
 }
-NUM_WARMUPS = 1
+PROBLEM = "{} on {}: {}; run save_model.py there"
 same_result = np.array_equal
 
 
 def make_inputs(args, num_cpus):
-    """Return the batches, random slices of the images, and what every worker needs."""
+    """Return batches, which are random slices of the images, and what workers load."""
     spare = len(load_images(args.images_path)) - args.batch_size
     if spare < 0:
-        sys.exit(f"{ERROR} {args.images_path} has {-spare} images less than a batch")
+        raise OSError(f"{args.images_path} has {-spare} images less than --batch-size")
     rng = np.random.default_rng(args.seed)
     starts = rng.integers(0, spare + 1, num_cpus * args.num_batches).tolist()
     batches = [slice(start, start + args.batch_size) for start in starts]
@@ -72,8 +69,7 @@ def load_images(path):
         if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
             raise ValueError("no uint8 images of 28 x 28")
     except (OSError, EOFError, ValueError, AttributeError) as error:
-        where = f"{path} on {platform.node()}"
-        raise OSError(f"{where}: {error}; run save_model.py there") from error
+        raise OSError(PROBLEM.format(path, platform.node(), error)) from error
     return images
 
 
@@ -84,14 +80,12 @@ class Classifier:
         self.images = load_images(images_path)
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or each process claims every GPU
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors become exceptions
-        saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 2)  # the lines written before TensorFlow heeds its log level
-        try:
-            import tensorflow as tf
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            os.close(sink)
+        with open(os.devnull, "w") as sink, os.fdopen(os.dup(2), "w") as stderr:
+            os.dup2(sink.fileno(), 2)  # what TensorFlow writes at any log level
+            try:
+                import tensorflow as tf
+            finally:
+                os.dup2(stderr.fileno(), 2)
         tf.config.threading.set_intra_op_parallelism_threads(num_threads)
         tf.config.threading.set_inter_op_parallelism_threads(num_threads)
         tf.get_logger().setLevel("ERROR")  # it warns of the loading in every call
@@ -100,9 +94,8 @@ class Classifier:
             if self.model.input_shape != (None, 28, 28):
                 raise ValueError("it takes no images of 28 x 28")
         except Exception as error:
-            node, why = platform.node(), str(error).partition("\n")[0].strip(".")
-            problem = f"{model_path} on {node}: {why}; run save_model.py there"
-            raise OSError(problem) from error
+            why = str(error).partition("\n")[0].strip(".")
+            raise OSError(PROBLEM.format(model_path, platform.node(), why)) from error
 
     def classify(self, batch):
         """Return the labels of the images in the slice `batch`, int64 (batch_size,)."""
@@ -112,26 +105,18 @@ class Classifier:
 # ---- serial ----
 def run_serial(batches, num_cpus, *paths):
     classifier = Classifier(*paths, 0)  # 0: as many threads as TensorFlow likes
-
-    def trial():
-        return [classifier.classify(batch) for batch in batches]
-
-    yield trial
+    yield lambda: [classifier.classify(batch) for batch in batches]
 
 
 # ---- multiprocessing ----
-def load_and_classify(arguments, batch):
+def load_and_classify(batch, *arguments):
     return Classifier(*arguments).classify(batch)
 
 
 def run_multiprocessing(batches, num_cpus, *paths):
-    with start_pool("multiprocessing", num_cpus) as pool:
-        function = functools.partial(load_and_classify, (*paths, 1))
-
-        def trial():
-            return pool.map(function, batches, chunksize=1)
-
-        yield trial
+    calls = [(batch, *paths, 1) for batch in batches]
+    with start_pool(num_cpus) as pool:
+        yield lambda: pool.starmap(load_and_classify, calls, chunksize=1)
 
 
 # ---- multiprocessing-tuned ----
@@ -139,24 +124,19 @@ get_classifier = functools.cache(Classifier)  # one per process
 
 
 def load_early(ready, *arguments):
-    # A Pool replaces for ever a worker that fails here; a task will raise it again.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # classify raises it again; here it ends workers
         get_classifier(*arguments)
     ready.wait()
 
 
-def classify(arguments, batch):
+def classify(batch, *arguments):
     return get_classifier(*arguments).classify(batch)
 
 
 def run_multiprocessing_tuned(batches, num_cpus, *paths):
-    with start_pool("multiprocessing-tuned", num_cpus, load_early, *paths, 1) as pool:
-        function = functools.partial(classify, (*paths, 1))
-
-        def trial():
-            return pool.map(function, batches, chunksize=1)
-
-        yield trial
+    calls = [(batch, *paths, 1) for batch in batches]
+    with start_pool(num_cpus, load_early, *paths, 1) as pool:
+        yield lambda: pool.starmap(classify, calls, chunksize=1)
 
 
 # ---- ray ----
@@ -166,217 +146,178 @@ def run_ray(batches, num_cpus, *paths):
         options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
         actor_class = ray.remote(scheduling_strategy="SPREAD", **options)(Classifier)
         actors = [actor_class.remote(*paths, 1) for _ in range(num_cpus)]
-        ray.get([actor.__ray_ready__.remote() for actor in actors])
-
-        def trial():
-            calls = []
-            for number, batch in enumerate(batches):
-                calls.append(actors[number % num_cpus].classify.remote(batch))
-            return ray.get(calls)
-
-        yield trial
+        with interruptible():
+            ray.get([actor.__ray_ready__.remote() for actor in actors])
+        pairs = list(zip(itertools.cycle(actors), batches))
+        yield lambda: ray.get([actor.classify.remote(batch) for actor, batch in pairs])
 
 
 # ---- timing and reporting: the same, letter for letter, in the three benchmarks ----
-IMPLEMENTATIONS = {
-    "serial": run_serial,
-    "multiprocessing": run_multiprocessing,
-    "multiprocessing-tuned": run_multiprocessing_tuned,
-    "ray": run_ray,
-}
+SCRIPT = os.path.basename(__file__).removesuffix(".py")
+NAMES = ["serial", "multiprocessing", "multiprocessing-tuned", "ray"]
+RUNS = [run_serial, run_multiprocessing, run_multiprocessing_tuned, run_ray]
 LIMITS = {"num_cpus": (1, 1024), "num_warmups": (0, 10**6), "seed": (0, 10**6)}
-SCRIPT = os.path.basename(__file__)
-ERROR = f"{SCRIPT}: error:"
+ROW = "{:22}{:7.2f}{:9.4f} ± {:.4f}{:9.4f} … {:.4f}{:>8}  {}"
 
 
 @contextlib.contextmanager
-def start_pool(name, num_cpus, initializer=threading.Barrier.wait, *initargs):
-    """Yield a Pool whose workers are up: `initializer` waits at the barrier it gets."""
-    spawn = multiprocessing.get_context("spawn")
-    ready, closing = spawn.Barrier(num_cpus + 1), threading.Event()
+def interruptible(name="multiprocessing"):
+    """Let Ctrl-C, SIGTERM or a worker's death end the run here; elsewhere they wait."""
+    workers, ended = multiprocessing.active_children(), threading.Event()
 
     def watch():  # Pool.map would wait for ever for a worker that died
         connection.wait([worker.sentinel for worker in workers])
-        if not closing.is_set():
-            print(f"{ERROR} {name}: a worker died; run again", file=sys.stderr)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-            time.sleep(5)  # closing a Pool hangs if the dead worker held a lock of it
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        if not ended.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
-    # The workers inherit the blocked signal: Ctrl-C is for the main process alone.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    with spawn.Pool(num_cpus, initializer, (ready, *initargs)) as pool:
-        workers = multiprocessing.active_children()
+    def end(*_):
+        signal.alarm(5)  # again, as closing a Pool hangs if a worker held a lock of it
+        raise sys.exc_info()[1] or ChildProcessError(f"{name}: a worker died")
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGALRM, end)
+    if workers:
         threading.Thread(target=watch, daemon=True).start()
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            ready.wait()
-            yield pool
-        finally:
-            closing.set()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        yield
+    except BaseException:
+        signal.alarm(5 if workers else 0)  # or is cut off while it writes a result
+        raise
+    finally:
+        ended.set()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+
+@contextlib.contextmanager
+def start_pool(num_cpus, prepare=None, *initargs):
+    """Yield a Pool whose workers are up: `prepare` is given a barrier to wait at."""
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Barrier(num_cpus + 1)
+    with spawn.Pool(num_cpus, prepare or type(ready).wait, (ready, *initargs)) as pool:
+        ready.wait()
+        yield pool
 
 
 @contextlib.contextmanager
 def start_ray(num_cpus):
-    """Join the cluster of RAY_ADDRESS or `ray start`, else start Ray on this machine."""
+    """Yield ray, joined to the cluster of RAY_ADDRESS or `ray start`, or started here."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` hangs
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors become exceptions
     import ray
-    from ray._private.utils import read_ray_address
 
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    on_sigterm, folder = signal.getsignal(signal.SIGTERM), tempfile.mkdtemp(dir="/tmp")
-    options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": folder}
-    # Ray prints there what it says as an exception, too.
-    with contextlib.redirect_stdout(io.StringIO()):
+    address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as tmp:
+        options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": tmp}
         try:
-            if address:
+            if address:  # ray.init would try it for minutes, though nothing answers
                 print(f"joining the Ray cluster at {address}", file=sys.stderr)
-                try:  # ray.init would try a dead address for three minutes
-                    socket.create_connection(address.rsplit(":", 1), timeout=9).close()
-                except (OSError, ValueError):
-                    sys.exit(f"{ERROR} it does not answer: unset RAY_ADDRESS, ray stop")
+                socket.create_connection(address.rpartition(":")[::2], 9).close()
                 options = {"address": address}
             ray.init(logging_level="error", log_to_driver=False, **options)
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
-            cpus, here = int(ray.cluster_resources()["CPU"]), os.cpu_count()
+            cpus = int(ray.cluster_resources()["CPU"])
             if cpus < num_cpus:
-                sys.exit(f"{ERROR} {num_cpus} workers, but Ray has only {cpus} CPUs")
-            if address and cpus > here:
-                print(f"ray can use {cpus} CPUs, the others {here}", file=sys.stderr)
+                raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
+            if cpus > max(num_cpus, os.cpu_count()):
+                print(f"only ray can use the cluster's {cpus} CPUs", file=sys.stderr)
             yield ray
-        except ray.exceptions.RayTaskError:
-            raise  # the workload's own error
         except ray.exceptions.RayError as error:
-            why, died, _ = str(error).splitlines()[-1].partition(". Worker exit type")
-            sys.exit(f"{ERROR} ray: {why}{', and its state is lost' if died else ''}")
+            why = str(error).splitlines()[-1].partition(" Worker exit type")[0]
+            lost = OSError(f"ray failed, and its state is lost: {why}")
+            raise getattr(error, "cause", lost) from error
         finally:
             ray.shutdown(wait_for_processes=True)
-            while os.path.exists(folder):  # workers still write their last logs
-                shutil.rmtree(folder, ignore_errors=True)
 
 
-def compare(args, num_cpus, facts):
-    """Run each implementation, check every result, yield its record (see --json)."""
-    inputs, reference, serial_mean = make_inputs(args, num_cpus), None, None
-    for name in args.implementations:
-        implementation = contextlib.contextmanager(IMPLEMENTATIONS[name])
-        seconds = []
-        start = time.perf_counter()
-        with implementation(*inputs) as trial:
-            setup_seconds = time.perf_counter() - start
-            for number in range(args.num_warmups + args.num_trials):
-                if sys.stderr.isatty():
-                    print(f"{name}: pass {number + 1}\033[K", end="\r", file=sys.stderr)
-                start = time.perf_counter()
-                result = trial()
-                seconds.append(time.perf_counter() - start)
-                reference = result if reference is None else reference
-                if not same_result(result, reference):
-                    sys.exit(f"{ERROR} {name} differs from {args.implementations[0]}")
-                del result  # or freeing it would count in the next trial
-        del seconds[: args.num_warmups]
-        mean = statistics.mean(seconds)
-        serial_mean = mean if name == "serial" else serial_mean
-        yield {
-            "benchmark": SCRIPT.removesuffix(".py"),
-            "implementation": name,
-            "num_cpus": num_cpus,
-            "setup_seconds": setup_seconds,
-            "trial_seconds": seconds,
-            "mean_seconds": mean,
-            "std_seconds": statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
-            "speedup": serial_mean and serial_mean / mean,
-            **facts,
-        }
-
-
-def print_table(records):
-    """Print a row per implementation, in seconds, and who is how much faster."""
-    ranking = sorted(records, key=lambda record: record["mean_seconds"])
-    print(f"{'seconds':22}{'set-up':>7}{'mean ± std':>17}{'min … max':>17}  speedup")
-    for r in records:
-        name, mean, seconds = r["implementation"], r["mean_seconds"], r["trial_seconds"]
-        row = f"{name:22}{r['setup_seconds']:7.2f}{mean:9.4f} ± {r['std_seconds']:.4f}"
-        row += f"{min(seconds):9.4f} … {max(seconds):.4f}"
-        row += f"{r['speedup']:8.2f}x  " if r["speedup"] else 11 * " "
-        print(row + "█" * round(12 * mean / ranking[-1]["mean_seconds"]))
-    for r in records:
-        if r["std_seconds"] > 0.1 * r["mean_seconds"]:
-            what = "varies by over 10%: close other programs or raise --num-trials"
-            print(f"{r['implementation']} {what}")
-    best, best_mean = ranking[0]["implementation"], ranking[0]["mean_seconds"]
-    for r in ranking[1:]:
-        ratio = r["mean_seconds"] / best_mean
-        print(f"{best} is {ratio:.2f}x as fast as {r['implementation']}")
-    print("All results agree.\n")
+def measure(name, inputs, args, reference):
+    """Return set-up seconds, the trials' seconds, and the result that all passes gave."""
+    run, start, seconds = RUNS[NAMES.index(name)], time.perf_counter(), []
+    with contextlib.contextmanager(run)(*inputs) as trial, interruptible(name):
+        setup_seconds = time.perf_counter() - start
+        for number in range(args.num_warmups + args.num_trials):
+            if sys.stderr.isatty():
+                print(f"{name}: pass {number + 1}\033[K", end="\r", file=sys.stderr)
+            start = time.perf_counter()
+            result = trial()
+            seconds.append(time.perf_counter() - start)
+            reference = result if reference is None else reference
+            if not same_result(result, reference):
+                raise OSError(f"{name} differs from the first implementation's result")
+            del result  # or freeing it would count in the next trial
+    return setup_seconds, seconds[args.num_warmups :], reference
 
 
 def main():
-    """Read the flags, run the implementations, print tables or JSON lines."""
+    """Run what the flags ask for; print a table per worker count, or JSON lines."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count()  # None in some containers
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.error = lambda message: parser.exit(2, f"{ERROR} {message}\n")
-    add, names = parser.add_argument, list(IMPLEMENTATIONS)
-    add("--implementations", nargs="+", choices=names, default=names, help="to run")
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    add = parser.add_argument
+    add("--implementations", nargs="+", choices=NAMES, default=NAMES, help="to run")
     add("--num-cpus", nargs="+", type=int, default=[cores], help="workers; a sweep")
     add("--num-trials", type=int, default=5, help="timed trials")
     add("--num-warmups", type=int, default=NUM_WARMUPS, help="untimed passes before")
     add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", action="store_true", help="print JSON lines instead of tables")
-    sizes = [
-        add(flag, type=type(default), default=default, help=text).dest
-        for flag, (default, text) in SIZES.items()
-    ]
-    args = parser.parse_args()
+    add("--json", action="store_true", help="print JSON lines; tables go to stderr")
+    for name, (value, text) in SIZES.items():
+        add("--" + name.replace("_", "-"), type=type(value), default=value, help=text)
+    args, table, stdout = parser.parse_args(), {}, sys.stdout
     for name, value in [*vars(args).items(), *(("num_cpus", n) for n in args.num_cpus)]:
         low, high = LIMITS.get(name, (1, 10**6))
         if type(value) is int and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if len({*args.implementations}) < len(args.implementations):
         parser.error("--implementations names one twice")
-    # Serial first, as speedups refer to it.
-    args.implementations = sorted(args.implementations, key=names.index)
-    environment = {"python": platform.python_version(), "platform": platform.platform()}
+    environment = {"python": sys.version.split()[0], "platform": platform.platform()}
     environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
     environment["physical_cores"] = cores
-    parameters = {name: getattr(args, name) for name in ["seed", *sizes]}
-    facts = {"parameters": parameters, "environment": environment}
-    work = WORK.format(**vars(args))
-    versions = ", ".join(f"{key} {value}" for key, value in environment.items())
-    sweep = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        for num_cpus in args.num_cpus:
-            if not args.json:
-                print(f"{work}; {num_cpus} workers on {cores} physical cores")
-                passes = f"{args.num_trials} trials after {args.num_warmups} warm-ups"
-                print(f"{passes}; {versions}\n", flush=True)
-            sweep[num_cpus] = []
-            for record in compare(args, num_cpus, facts):
-                sweep[num_cpus].append(record)
-                if args.json:
-                    print(json.dumps(record), flush=True)
-            if not args.json:
-                print_table(sweep[num_cpus])
-        if len(sweep) > 1 and not args.json:
-            print("mean seconds; the work grows with the number of workers")
-            print("workers", *(f"{name:>22}" for name in args.implementations))
-            for num_cpus, records in sweep.items():
-                print(f"{num_cpus:7}", *(f"{r['mean_seconds']:22.4f}" for r in records))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (OSError, MemoryError) as error:
-        sys.exit(f"{ERROR} {getattr(error, 'cause', error)}")
+    parameters = {name: getattr(args, name) for name in ["seed", *SIZES]}
+    details = ", ".join(f"{k} {v}" for k, v in {**parameters, **environment}.items())
+    sys.stdout = sys.stderr if args.json else stdout
+    for num_cpus in args.num_cpus:
+        print(f"{__doc__.splitlines()[0]} {num_cpus} workers, {args.num_trials} trials")
+        print(f"after {args.num_warmups} warm-ups, {details}\n")
+        print(f"{'seconds':22} set-up       mean ± std        min … max  speedup")
+        with interruptible():
+            resource_tracker.ensure_running()  # which unblocks SIGINT: not in set-up
+            inputs = make_inputs(args, num_cpus)
+        reference, means = None, table.setdefault(num_cpus, {})
+        for name in sorted(args.implementations, key=NAMES.index):
+            setup, seconds, reference = measure(name, inputs, args, reference)
+            mean = means[name] = statistics.mean(seconds)
+            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+            speedup = means["serial"] / mean if "serial" in means else None
+            ends = min(seconds), max(seconds), f"{speedup:.2f}x" if speedup else ""
+            bar = "█" * round(5 * mean / next(iter(means.values())))
+            print(ROW.format(name, setup, mean, std, *ends, bar), flush=True)
+            if std > 0.1 * mean:
+                print(f"{name} varies by over 10%: raise --num-trials, close programs")
+            record = {"benchmark": SCRIPT, "implementation": name, "num_cpus": num_cpus}
+            record |= {"setup_seconds": setup, "trial_seconds": seconds}
+            record |= {"mean_seconds": mean, "std_seconds": std, "speedup": speedup}
+            record |= {"parameters": parameters, "environment": environment}
+            if args.json:
+                print(json.dumps(record), file=stdout, flush=True)
+        best, *others = sorted(means, key=means.get)
+        for name in others:
+            print(f"{best} is {means[name] / means[best]:.2f}x as fast as {name}")
+        print("All results agree.\n")
+    if len(table) > 1:
+        print("workers", *(f"{name:>22}" for name in means), " mean s; the work grows")
+        for num_cpus, means in table.items():
+            print(f"{num_cpus:7}", *(f"{mean:22.4f}" for mean in means.values()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        sys.exit(f"{SCRIPT}.py: error: {error}")

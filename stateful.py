@@ -5,30 +5,26 @@
 """Stateful computation: find the popular prefixes in a stream of documents.
 
 Every proper prefix of every word is counted; one seen more than 3 times is popular. A
-word goes to the worker that its first byte names, so each worker owns its prefixes and
-the union of their answers is exact.
+word goes to the worker that its first byte names: no other has its prefixes.
 
   serial                 one counter, in this process
   multiprocessing        Pool.starmap, with all counts travelling in and out of a call
-  multiprocessing-tuned  a counter per process, and a queue that feeds it
+  multiprocessing-tuned  a Pool of one process per worker, which keeps its counter
   ray                    an actor per worker, which is a counter
 
-Run: python stateful.py, or, with nothing installed but uv, uv run stateful.py.
-Timed: routing and shipping the words, counting, merging the answers, and freeing the
-counts. Set-up is timed apart. Not timed: making the inputs, comparing the results.
+Run: python stateful.py, or uv run stateful.py. Timed: routing and shipping the words,
+counting, merging and forgetting. Set-up is timed apart, making the inputs is not.
 """
 
 import argparse
 import collections
 import contextlib
 import importlib.metadata
-import io
 import json
 import multiprocessing
 import os
 import platform
 import random
-import shutil
 import signal
 import socket
 import statistics
@@ -36,47 +32,43 @@ import sys
 import tempfile
 import threading
 import time
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 
-if __name__ == "__main__":  # Ctrl-C waits until main() can end the run cleanly
+if __name__ == "__main__":  # Ctrl-C waits for interruptible(); workers never see it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import psutil
 
-PACKAGES = ["psutil", "ray"]
-WORK = "per worker {num_documents} documents of {words_per_document} {word_length}-byte words"
+PACKAGES, NUM_WARMUPS, same_result = ["psutil", "ray"], 1, set.__eq__
 SIZES = {
-    "--num-documents": (10, "per worker"),
-    "--words-per-document": (10000, "words"),
-    "--word-length": (20, "bytes"),
+    "num_documents": (10, "per worker"),
+    "words_per_document": (10000, "words"),
+    "word_length": (20, "bytes"),
 }
-NUM_WARMUPS = 1
-same_result = set.__eq__
 
 
 def make_inputs(args, num_cpus):
-    """Return `num_documents` batches of `num_cpus` documents, each a list of words."""
-    num_words = args.num_documents * args.words_per_document * num_cpus
+    """Return batches of `num_cpus` documents, each a list of random words (bytes)."""
+    num_words = num_cpus * args.num_documents * args.words_per_document
     if 120 * num_words * args.word_length > psutil.virtual_memory().available:
-        sys.exit(f"{ERROR} no memory for {num_words} words and counts: ask for fewer")
+        raise MemoryError(f"no memory for {num_words} words and counts: ask for fewer")
     if num_cpus > 256:
         print("256 first bytes keep 256 workers busy; the others idle", file=sys.stderr)
-    rng = random.Random(args.seed)
-    words, length = range(args.words_per_document), args.word_length
-    workers, batches = range(num_cpus), range(args.num_documents)
-    documents = [
-        [[rng.randbytes(length) for _ in words] for _ in workers] for _ in batches
-    ]
-    return documents, num_cpus
+    rng, words = random.Random(args.seed), range(args.words_per_document)
+    return [
+        [[rng.randbytes(args.word_length) for _ in words] for _ in range(num_cpus)]
+        for _ in range(args.num_documents)
+    ], num_cpus
 
 
-def route(batch, num_cpus):
-    """Return a list of words per worker; prefixes of a word share its first byte."""
-    shards = [[] for _ in range(num_cpus)]
-    for document in batch:
-        for word in document:
-            shards[word[0] % num_cpus].append(word)
-    return shards
+def route(batches, workers):
+    """Yield (worker, words) for every worker, batch by batch, by a word's first byte."""
+    for batch in batches:
+        shards = [[] for _ in workers]
+        for document in batch:
+            for word in document:
+                shards[word[0] % len(workers)].append(word)
+        yield from zip(workers, shards)
 
 
 class PrefixCounter:
@@ -88,11 +80,9 @@ class PrefixCounter:
     def add(self, words):
         self.counts.update(word[:i] for word in words for i in range(1, len(word)))
 
-    def popular(self):
-        return {prefix for prefix, count in self.counts.items() if count > 3}
-
-    def reset(self):
-        self.counts.clear()
+    def finish(self):
+        counts, self.counts = self.counts, collections.Counter()
+        return {prefix for prefix, count in counts.items() if count > 3}
 
 
 # ---- serial ----
@@ -102,7 +92,7 @@ def run_serial(batches, num_cpus):
         for batch in batches:
             for document in batch:
                 counter.add(document)
-        return counter.popular()
+        return counter.finish()
 
     yield trial
 
@@ -114,276 +104,219 @@ def add_words(counter, words):
 
 
 def run_multiprocessing(batches, num_cpus):
-    with start_pool("multiprocessing", num_cpus) as pool:
+    def trial():
+        counters = [PrefixCounter() for _ in range(num_cpus)]
+        for batch in batches:
+            counters = pool.starmap(add_words, route([batch], counters))
+        return set().union(*(counter.finish() for counter in counters))
 
-        def trial():
-            counters = [PrefixCounter() for _ in range(num_cpus)]
-            for batch in batches:
-                pairs = zip(counters, route(batch, num_cpus))
-                counters = pool.starmap(add_words, pairs)
-            return set().union(*(counter.popular() for counter in counters))
-
+    with start_pool(num_cpus) as pool:
         yield trial
 
 
 # ---- multiprocessing-tuned ----
-def keep_queues(ready, *given):
-    global queues  # a queue can be given to a new process, not to a task
-    queues = given
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    ready.wait()
+counter = PrefixCounter()  # every process has its own
 
 
-def exit_with_parent():  # a killed parent leaves no end of file in a queue
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def count_queue(index):
-    counter = PrefixCounter()
-    for words in iter(queues[index].get, None):
-        counter.add(words)
-    return counter.popular()
+def call(method, *arguments):
+    return getattr(counter, method)(*arguments)
 
 
 def run_multiprocessing_tuned(batches, num_cpus):
-    spawn = multiprocessing.get_context("spawn")
-    queues = [spawn.Queue() for _ in range(num_cpus)]
-    for queue in queues:
-        queue.cancel_join_thread()  # or words that no worker takes would block our exit
-    with start_pool("multiprocessing-tuned", num_cpus, keep_queues, *queues) as pool:
+    def trial():
+        calls = [p.apply_async(call, ("add", w)) for p, w in route(batches, pools)]
+        calls += [pool.apply_async(call, ("finish",)) for pool in pools]
+        return set().union(*[c.get() for c in calls][-num_cpus:])
 
-        def trial():
-            answers = pool.map_async(count_queue, range(num_cpus), chunksize=1)
-            for batch in batches:
-                for queue, words in zip(queues, route(batch, num_cpus)):
-                    queue.put(words)
-            for queue in queues:
-                queue.put(None)
-            return set().union(*answers.get())
-
+    with contextlib.ExitStack() as stack:
+        start_one = multiprocessing.get_context("spawn").Pool
+        pools = [stack.enter_context(start_one(1)) for _ in range(num_cpus)]
+        with interruptible():
+            [pool.apply(call, ("finish",)) for pool in pools]
         yield trial
 
 
 # ---- ray ----
 def run_ray(batches, num_cpus):
+    def trial():
+        calls = [actor.add.remote(words) for actor, words in route(batches, actors)]
+        calls += [actor.finish.remote() for actor in actors]
+        return set().union(*ray.get(calls)[-num_cpus:])
+
     with start_ray(num_cpus) as ray:
-        options = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
-        actor_class = ray.remote(**options)(PrefixCounter)
-        actors = [actor_class.remote() for _ in range(num_cpus)]
-        ray.get([actor.__ray_ready__.remote() for actor in actors])
-
-        def trial():
-            calls = [actor.reset.remote() for actor in actors]
-            for batch in batches:
-                for actor, words in zip(actors, route(batch, num_cpus)):
-                    calls.append(actor.add.remote(words))
-            ray.get(calls)  # raises here what went wrong there
-            return set().union(*ray.get([actor.popular.remote() for actor in actors]))
-
+        Actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(PrefixCounter)
+        actors = [Actor.remote() for _ in range(num_cpus)]
+        with interruptible():
+            ray.get([actor.__ray_ready__.remote() for actor in actors])
         yield trial
 
 
 # ---- timing and reporting: the same, letter for letter, in the three benchmarks ----
-IMPLEMENTATIONS = {
-    "serial": run_serial,
-    "multiprocessing": run_multiprocessing,
-    "multiprocessing-tuned": run_multiprocessing_tuned,
-    "ray": run_ray,
-}
+SCRIPT = os.path.basename(__file__).removesuffix(".py")
+NAMES = ["serial", "multiprocessing", "multiprocessing-tuned", "ray"]
+RUNS = [run_serial, run_multiprocessing, run_multiprocessing_tuned, run_ray]
 LIMITS = {"num_cpus": (1, 1024), "num_warmups": (0, 10**6), "seed": (0, 10**6)}
-SCRIPT = os.path.basename(__file__)
-ERROR = f"{SCRIPT}: error:"
+ROW = "{:22}{:7.2f}{:9.4f} ± {:.4f}{:9.4f} … {:.4f}{:>8}  {}"
 
 
 @contextlib.contextmanager
-def start_pool(name, num_cpus, initializer=threading.Barrier.wait, *initargs):
-    """Yield a Pool whose workers are up: `initializer` waits at the barrier it gets."""
-    spawn = multiprocessing.get_context("spawn")
-    ready, closing = spawn.Barrier(num_cpus + 1), threading.Event()
+def interruptible(name="multiprocessing"):
+    """Let Ctrl-C, SIGTERM or a worker's death end the run here; elsewhere they wait."""
+    workers, ended = multiprocessing.active_children(), threading.Event()
 
     def watch():  # Pool.map would wait for ever for a worker that died
         connection.wait([worker.sentinel for worker in workers])
-        if not closing.is_set():
-            print(f"{ERROR} {name}: a worker died; run again", file=sys.stderr)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-            time.sleep(5)  # closing a Pool hangs if the dead worker held a lock of it
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        if not ended.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
 
-    # The workers inherit the blocked signal: Ctrl-C is for the main process alone.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    with spawn.Pool(num_cpus, initializer, (ready, *initargs)) as pool:
-        workers = multiprocessing.active_children()
+    def end(*_):
+        signal.alarm(5)  # again, as closing a Pool hangs if a worker held a lock of it
+        raise sys.exc_info()[1] or ChildProcessError(f"{name}: a worker died")
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGALRM, end)
+    if workers:
         threading.Thread(target=watch, daemon=True).start()
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            ready.wait()
-            yield pool
-        finally:
-            closing.set()
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        yield
+    except BaseException:
+        signal.alarm(5 if workers else 0)  # or is cut off while it writes a result
+        raise
+    finally:
+        ended.set()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+
+@contextlib.contextmanager
+def start_pool(num_cpus, prepare=None, *initargs):
+    """Yield a Pool whose workers are up: `prepare` is given a barrier to wait at."""
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Barrier(num_cpus + 1)
+    with spawn.Pool(num_cpus, prepare or type(ready).wait, (ready, *initargs)) as pool:
+        ready.wait()
+        yield pool
 
 
 @contextlib.contextmanager
 def start_ray(num_cpus):
-    """Join the cluster of RAY_ADDRESS or `ray start`, else start Ray on this machine."""
+    """Yield ray, joined to the cluster of RAY_ADDRESS or `ray start`, or started here."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` hangs
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors become exceptions
     import ray
-    from ray._private.utils import read_ray_address
 
-    address = os.environ.get("RAY_ADDRESS") or read_ray_address()
-    on_sigterm, folder = signal.getsignal(signal.SIGTERM), tempfile.mkdtemp(dir="/tmp")
-    options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": folder}
-    # Ray prints there what it says as an exception, too.
-    with contextlib.redirect_stdout(io.StringIO()):
+    address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as tmp:
+        options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": tmp}
         try:
-            if address:
+            if address:  # ray.init would try it for minutes, though nothing answers
                 print(f"joining the Ray cluster at {address}", file=sys.stderr)
-                try:  # ray.init would try a dead address for three minutes
-                    socket.create_connection(address.rsplit(":", 1), timeout=9).close()
-                except (OSError, ValueError):
-                    sys.exit(f"{ERROR} it does not answer: unset RAY_ADDRESS, ray stop")
+                socket.create_connection(address.rpartition(":")[::2], 9).close()
                 options = {"address": address}
             ray.init(logging_level="error", log_to_driver=False, **options)
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
-            cpus, here = int(ray.cluster_resources()["CPU"]), os.cpu_count()
+            cpus = int(ray.cluster_resources()["CPU"])
             if cpus < num_cpus:
-                sys.exit(f"{ERROR} {num_cpus} workers, but Ray has only {cpus} CPUs")
-            if address and cpus > here:
-                print(f"ray can use {cpus} CPUs, the others {here}", file=sys.stderr)
+                raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
+            if cpus > max(num_cpus, os.cpu_count()):
+                print(f"only ray can use the cluster's {cpus} CPUs", file=sys.stderr)
             yield ray
-        except ray.exceptions.RayTaskError:
-            raise  # the workload's own error
         except ray.exceptions.RayError as error:
-            why, died, _ = str(error).splitlines()[-1].partition(". Worker exit type")
-            sys.exit(f"{ERROR} ray: {why}{', and its state is lost' if died else ''}")
+            why = str(error).splitlines()[-1].partition(" Worker exit type")[0]
+            lost = OSError(f"ray failed, and its state is lost: {why}")
+            raise getattr(error, "cause", lost) from error
         finally:
             ray.shutdown(wait_for_processes=True)
-            while os.path.exists(folder):  # workers still write their last logs
-                shutil.rmtree(folder, ignore_errors=True)
 
 
-def compare(args, num_cpus, facts):
-    """Run each implementation, check every result, yield its record (see --json)."""
-    inputs, reference, serial_mean = make_inputs(args, num_cpus), None, None
-    for name in args.implementations:
-        implementation = contextlib.contextmanager(IMPLEMENTATIONS[name])
-        seconds = []
-        start = time.perf_counter()
-        with implementation(*inputs) as trial:
-            setup_seconds = time.perf_counter() - start
-            for number in range(args.num_warmups + args.num_trials):
-                if sys.stderr.isatty():
-                    print(f"{name}: pass {number + 1}\033[K", end="\r", file=sys.stderr)
-                start = time.perf_counter()
-                result = trial()
-                seconds.append(time.perf_counter() - start)
-                reference = result if reference is None else reference
-                if not same_result(result, reference):
-                    sys.exit(f"{ERROR} {name} differs from {args.implementations[0]}")
-                del result  # or freeing it would count in the next trial
-        del seconds[: args.num_warmups]
-        mean = statistics.mean(seconds)
-        serial_mean = mean if name == "serial" else serial_mean
-        yield {
-            "benchmark": SCRIPT.removesuffix(".py"),
-            "implementation": name,
-            "num_cpus": num_cpus,
-            "setup_seconds": setup_seconds,
-            "trial_seconds": seconds,
-            "mean_seconds": mean,
-            "std_seconds": statistics.stdev(seconds) if len(seconds) > 1 else 0.0,
-            "speedup": serial_mean and serial_mean / mean,
-            **facts,
-        }
-
-
-def print_table(records):
-    """Print a row per implementation, in seconds, and who is how much faster."""
-    ranking = sorted(records, key=lambda record: record["mean_seconds"])
-    print(f"{'seconds':22}{'set-up':>7}{'mean ± std':>17}{'min … max':>17}  speedup")
-    for r in records:
-        name, mean, seconds = r["implementation"], r["mean_seconds"], r["trial_seconds"]
-        row = f"{name:22}{r['setup_seconds']:7.2f}{mean:9.4f} ± {r['std_seconds']:.4f}"
-        row += f"{min(seconds):9.4f} … {max(seconds):.4f}"
-        row += f"{r['speedup']:8.2f}x  " if r["speedup"] else 11 * " "
-        print(row + "█" * round(12 * mean / ranking[-1]["mean_seconds"]))
-    for r in records:
-        if r["std_seconds"] > 0.1 * r["mean_seconds"]:
-            what = "varies by over 10%: close other programs or raise --num-trials"
-            print(f"{r['implementation']} {what}")
-    best, best_mean = ranking[0]["implementation"], ranking[0]["mean_seconds"]
-    for r in ranking[1:]:
-        ratio = r["mean_seconds"] / best_mean
-        print(f"{best} is {ratio:.2f}x as fast as {r['implementation']}")
-    print("All results agree.\n")
+def measure(name, inputs, args, reference):
+    """Return set-up seconds, the trials' seconds, and the result that all passes gave."""
+    run, start, seconds = RUNS[NAMES.index(name)], time.perf_counter(), []
+    with contextlib.contextmanager(run)(*inputs) as trial, interruptible(name):
+        setup_seconds = time.perf_counter() - start
+        for number in range(args.num_warmups + args.num_trials):
+            if sys.stderr.isatty():
+                print(f"{name}: pass {number + 1}\033[K", end="\r", file=sys.stderr)
+            start = time.perf_counter()
+            result = trial()
+            seconds.append(time.perf_counter() - start)
+            reference = result if reference is None else reference
+            if not same_result(result, reference):
+                raise OSError(f"{name} differs from the first implementation's result")
+            del result  # or freeing it would count in the next trial
+    return setup_seconds, seconds[args.num_warmups :], reference
 
 
 def main():
-    """Read the flags, run the implementations, print tables or JSON lines."""
+    """Run what the flags ask for; print a table per worker count, or JSON lines."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count()  # None in some containers
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.error = lambda message: parser.exit(2, f"{ERROR} {message}\n")
-    add, names = parser.add_argument, list(IMPLEMENTATIONS)
-    add("--implementations", nargs="+", choices=names, default=names, help="to run")
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    add = parser.add_argument
+    add("--implementations", nargs="+", choices=NAMES, default=NAMES, help="to run")
     add("--num-cpus", nargs="+", type=int, default=[cores], help="workers; a sweep")
     add("--num-trials", type=int, default=5, help="timed trials")
     add("--num-warmups", type=int, default=NUM_WARMUPS, help="untimed passes before")
     add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", action="store_true", help="print JSON lines instead of tables")
-    sizes = [
-        add(flag, type=type(default), default=default, help=text).dest
-        for flag, (default, text) in SIZES.items()
-    ]
-    args = parser.parse_args()
+    add("--json", action="store_true", help="print JSON lines; tables go to stderr")
+    for name, (value, text) in SIZES.items():
+        add("--" + name.replace("_", "-"), type=type(value), default=value, help=text)
+    args, table, stdout = parser.parse_args(), {}, sys.stdout
     for name, value in [*vars(args).items(), *(("num_cpus", n) for n in args.num_cpus)]:
         low, high = LIMITS.get(name, (1, 10**6))
         if type(value) is int and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if len({*args.implementations}) < len(args.implementations):
         parser.error("--implementations names one twice")
-    # Serial first, as speedups refer to it.
-    args.implementations = sorted(args.implementations, key=names.index)
-    environment = {"python": platform.python_version(), "platform": platform.platform()}
+    environment = {"python": sys.version.split()[0], "platform": platform.platform()}
     environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
     environment["physical_cores"] = cores
-    parameters = {name: getattr(args, name) for name in ["seed", *sizes]}
-    facts = {"parameters": parameters, "environment": environment}
-    work = WORK.format(**vars(args))
-    versions = ", ".join(f"{key} {value}" for key, value in environment.items())
-    sweep = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        for num_cpus in args.num_cpus:
-            if not args.json:
-                print(f"{work}; {num_cpus} workers on {cores} physical cores")
-                passes = f"{args.num_trials} trials after {args.num_warmups} warm-ups"
-                print(f"{passes}; {versions}\n", flush=True)
-            sweep[num_cpus] = []
-            for record in compare(args, num_cpus, facts):
-                sweep[num_cpus].append(record)
-                if args.json:
-                    print(json.dumps(record), flush=True)
-            if not args.json:
-                print_table(sweep[num_cpus])
-        if len(sweep) > 1 and not args.json:
-            print("mean seconds; the work grows with the number of workers")
-            print("workers", *(f"{name:>22}" for name in args.implementations))
-            for num_cpus, records in sweep.items():
-                print(f"{num_cpus:7}", *(f"{r['mean_seconds']:22.4f}" for r in records))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (OSError, MemoryError) as error:
-        sys.exit(f"{ERROR} {getattr(error, 'cause', error)}")
+    parameters = {name: getattr(args, name) for name in ["seed", *SIZES]}
+    details = ", ".join(f"{k} {v}" for k, v in {**parameters, **environment}.items())
+    sys.stdout = sys.stderr if args.json else stdout
+    for num_cpus in args.num_cpus:
+        print(f"{__doc__.splitlines()[0]} {num_cpus} workers, {args.num_trials} trials")
+        print(f"after {args.num_warmups} warm-ups, {details}\n")
+        print(f"{'seconds':22} set-up       mean ± std        min … max  speedup")
+        with interruptible():
+            resource_tracker.ensure_running()  # which unblocks SIGINT: not in set-up
+            inputs = make_inputs(args, num_cpus)
+        reference, means = None, table.setdefault(num_cpus, {})
+        for name in sorted(args.implementations, key=NAMES.index):
+            setup, seconds, reference = measure(name, inputs, args, reference)
+            mean = means[name] = statistics.mean(seconds)
+            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+            speedup = means["serial"] / mean if "serial" in means else None
+            ends = min(seconds), max(seconds), f"{speedup:.2f}x" if speedup else ""
+            bar = "█" * round(5 * mean / next(iter(means.values())))
+            print(ROW.format(name, setup, mean, std, *ends, bar), flush=True)
+            if std > 0.1 * mean:
+                print(f"{name} varies by over 10%: raise --num-trials, close programs")
+            record = {"benchmark": SCRIPT, "implementation": name, "num_cpus": num_cpus}
+            record |= {"setup_seconds": setup, "trial_seconds": seconds}
+            record |= {"mean_seconds": mean, "std_seconds": std, "speedup": speedup}
+            record |= {"parameters": parameters, "environment": environment}
+            if args.json:
+                print(json.dumps(record), file=stdout, flush=True)
+        best, *others = sorted(means, key=means.get)
+        for name in others:
+            print(f"{best} is {means[name] / means[best]:.2f}x as fast as {name}")
+        print("All results agree.\n")
+    if len(table) > 1:
+        print("workers", *(f"{name:>22}" for name in means), " mean s; the work grows")
+        for num_cpus, means in table.items():
+            print(f"{num_cpus:7}", *(f"{mean:22.4f}" for mean in means.values()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        sys.exit(f"{SCRIPT}.py: error: {error}")

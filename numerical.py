@@ -165,7 +165,6 @@ def start_pool(num_cpus, prepare=None, *initargs):
 def start_ray(num_cpus):
     """Yield ray, joined to the cluster of RAY_ADDRESS or `ray start`, or started here."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` hangs
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors become exceptions
     import ray
 
     address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
@@ -174,7 +173,10 @@ def start_ray(num_cpus):
         try:
             if address:  # ray.init would try it for minutes, though nothing answers
                 print(f"joining the Ray cluster at {address}", file=sys.stderr)
-                socket.create_connection(address.rpartition(":")[::2], 9).close()
+                try:
+                    socket.create_connection(address.rpartition(":")[::2], 9).close()
+                except OSError as error:
+                    raise OSError("no answer: unset RAY_ADDRESS, ray stop") from error
                 options = {"address": address}
             ray.init(logging_level="error", log_to_driver=False, **options)
             cpus = int(ray.cluster_resources()["CPU"])

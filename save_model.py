@@ -113,6 +113,7 @@ def train(tf, images, labels):
 def run(args):
     """Train, evaluate and save; neither file is replaced unless both could be written."""
     with tempfile.TemporaryDirectory(prefix=".save_model-", dir=args.folder) as new:
+        tempfile.tempdir = new  # where Keras leaves files when it fails to save
         tf = import_tensorflow()
         name, (x_train, y_train, x_test, y_test) = get_data(args.data, tf.keras)
         x_train, y_train = x_train[: args.num_images], y_train[: args.num_images]

@@ -75,10 +75,8 @@ def make_synthetic():
     return images[:60000], labels[:60000], images[60000:], labels[60000:]
 
 
-def get_data(path, keras):
-    """Return (name, arrays): the file, MNIST, or synthetic images if it is not there."""
-    if path:
-        return path, load_npz(path)
+def get_mnist(keras):
+    """Return (name, arrays): MNIST, or synthetic images if it cannot be downloaded."""
     socket.setdefaulttimeout(30)  # or a network that drops packets would hang us
     try:
         (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
@@ -113,9 +111,10 @@ def train(tf, images, labels):
 def run(args):
     """Train, evaluate and save; neither file is replaced unless both could be written."""
     with tempfile.TemporaryDirectory(prefix=".save_model-", dir=args.folder) as new:
+        data = args.data and (args.data, load_npz(args.data))
         tempfile.tempdir = new  # where Keras leaves files when it fails to save
         tf = import_tensorflow()
-        name, (x_train, y_train, x_test, y_test) = get_data(args.data, tf.keras)
+        name, (x_train, y_train, x_test, y_test) = data or get_mnist(tf.keras)
         x_train, y_train = x_train[: args.num_images], y_train[: args.num_images]
         print(f"training on {len(x_train)} images ({name})", flush=True)
         model = train(tf, x_train, y_train)

@@ -100,7 +100,7 @@ PROBE = """
 if __name__ == "__main__":
     import copy, pickle
     args = argparse.Namespace(**json.loads(sys.argv[1]))
-    inputs, answers = make_inputs(args, 3), {}
+    inputs, answers = make_inputs(args, args.num_cpus), {}
     for name, implementation in zip(NAMES, RUNS):
         with contextlib.contextmanager(implementation)(*inputs) as trial:
             answers[name] = [copy.deepcopy(trial()) for _ in range(2)]
@@ -112,7 +112,7 @@ def probe(script, folder, **args):
     """Return the inputs and, for every implementation, the answers of two trials."""
     text = source(script).rpartition("\nif __name__")[0] + PROBE
     (folder / f"{script}.py").write_text(text)
-    flags = json.dumps({"seed": 1, **args}, separators=(",", ":"))
+    flags = json.dumps({"seed": 1, "num_cpus": 3} | args, separators=(",", ":"))
     run(script, f"{flags} {folder}/out", cwd=folder)
     return pickle.loads((folder / "out").read_bytes())
 
@@ -152,9 +152,9 @@ def test_expensive_init_answers(tmp_path, made):
         "model_path": f"{folder}/model.keras",
         "images_path": f"{folder}/images.npy",
     }
-    sizes = {"num_batches": 1, "batch_size": 300, **paths}
+    sizes = {"num_cpus": 2, "num_batches": 2, "batch_size": 300, **paths}
     (batches, *_), answers = probe("expensive_init", tmp_path, **sizes)
-    assert [batch.stop - batch.start for batch in batches] == 3 * [300]
+    assert [batch.stop - batch.start for batch in batches] == 4 * [300]
     labels = np.array(answers["serial"][0])
     assert (labels == [arrays["y_test"][batch] for batch in batches]).mean() > 0.9
     for name in NAMES:
@@ -446,7 +446,14 @@ def test_signals_end_the_run_cleanly(name, number):
         process.terminate()
     _, error = process.communicate(timeout=15)
     assert error == ""
-    assert process.returncode == 130 if number == signal.SIGINT else process.returncode
+    assert process.returncode == 130
+
+
+def test_ctrl_c_in_set_up():
+    process = start("numerical", "--implementations ray")
+    wait_for(process, "gcs_server")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
 
 
 def test_closed_stdout():

@@ -173,6 +173,7 @@ def interruptible(name="multiprocessing"):
         signal.alarm(5)  # again, as closing a Pool hangs if a worker held a lock of it
         raise sys.exc_info()[1] or ChildProcessError(f"{name}: a worker died")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup had it ignored
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGALRM, end)
     if workers:

@@ -196,7 +196,8 @@ def start_pool(num_cpus, prepare=None, *initargs):
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Barrier(num_cpus + 1)
     with spawn.Pool(num_cpus, prepare or type(ready).wait, (ready, *initargs)) as pool:
-        ready.wait()
+        with interruptible():
+            ready.wait()
         yield pool
 
 
@@ -282,7 +283,7 @@ def main():
     sys.stdout = sys.stderr if args.json else stdout
     for num_cpus in args.num_cpus:
         print(f"{__doc__.splitlines()[0]} {num_cpus} workers, {args.num_trials} trials")
-        print(f"after {args.num_warmups} warm-ups, {details}\n")
+        print(f"after {args.num_warmups} warm-ups, {details}\n", flush=True)
         print(f"{'seconds':22} set-up       mean ± std        min … max  speedup")
         with interruptible():
             resource_tracker.ensure_running()  # which unblocks SIGINT: not in set-up

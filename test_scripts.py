@@ -462,6 +462,18 @@ def test_ctrl_c_in_set_up():
     assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
 
 
+def test_worker_that_cannot_start_ends_the_run(tmp_path):
+    changed(
+        "numerical",
+        tmp_path,
+        "    ready.wait()\n\n\ndef filter",
+        "    os._exit(3)\n\n\ndef filter",
+    )
+    flags = f"--implementations multiprocessing-tuned {SIZES['numerical']}"
+    error = run("numerical", flags, status=1, cwd=tmp_path).stderr
+    assert error == "numerical.py: error: multiprocessing: a worker died\n"
+
+
 def test_closed_stdout():
     process = start("numerical", f"--implementations serial {SIZES['numerical']}")
     process.stdout.readline()

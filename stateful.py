@@ -4,26 +4,24 @@
 # ///
 """Stateful computation: find the popular prefixes in a stream of documents.
 
-Every proper prefix of every word is counted; one seen more than 3 times is popular. A
-word goes to the worker that its first byte names: no other has its prefixes.
+Every proper prefix of every word is counted; one seen more than 3 times is popular.
+Timed: routing, counting, merging, forgetting. Run: python stateful.py, or uv run it.
 
   serial                 one counter, in this process
   multiprocessing        Pool.starmap, with all counts travelling in and out of a call
   multiprocessing-tuned  a Pool of one process per worker, which keeps its counter
   ray                    an actor per worker, which is a counter
-
-Run: python stateful.py, or uv run stateful.py. Timed: routing and shipping the words,
-counting, merging and forgetting. Set-up is timed apart, making the inputs is not.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import socket
@@ -32,19 +30,11 @@ import sys
 import tempfile
 import threading
 import time
-from multiprocessing import connection, resource_tracker
-
-if __name__ == "__main__":  # Ctrl-C waits for interruptible(); workers never see it
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 import psutil
 
 PACKAGES, NUM_WARMUPS, same_result = ["psutil", "ray"], 1, set.__eq__
-SIZES = {
-    "num_documents": (10, "per worker"),
-    "words_per_document": (10000, "words"),
-    "word_length": (20, "bytes"),
-}
+SIZES = {"num_documents": 10, "words_per_document": 10000, "word_length": 20}
 
 
 def make_inputs(args, num_cpus):
@@ -54,44 +44,38 @@ def make_inputs(args, num_cpus):
         raise MemoryError(f"no memory for {num_words} words and counts: ask for fewer")
     if num_cpus > 256:
         print("256 first bytes keep 256 workers busy; the others idle", file=sys.stderr)
-    rng, words = random.Random(args.seed), range(args.words_per_document)
-    return [
-        [[rng.randbytes(args.word_length) for _ in words] for _ in range(num_cpus)]
-        for _ in range(args.num_documents)
-    ], num_cpus
+    draw, size = random.Random(args.seed).randbytes, args.word_length
+    words, batches = range(args.words_per_document), range(args.num_documents)
+    inputs = [[[draw(size) for _ in words] for _ in range(num_cpus)] for _ in batches]
+    return inputs, num_cpus
 
 
 def route(batches, workers):
-    """Yield (worker, words) for every worker, batch by batch, by a word's first byte."""
+    """Yield (worker, words): the first byte decides, so no two workers share a prefix."""
     for batch in batches:
         shards = [[] for _ in workers]
-        for document in batch:
-            for word in document:
-                shards[word[0] % len(workers)].append(word)
+        for word in itertools.chain(*batch):
+            shards[word[0] % len(workers)].append(word)
         yield from zip(workers, shards)
 
 
-class PrefixCounter:
-    """Counts the proper prefixes of words: the state that a worker keeps."""
-
-    def __init__(self):
-        self.counts = collections.Counter()
+class PrefixCounter(collections.Counter):
+    """Counts of the proper prefixes of words: the state that a worker keeps."""
 
     def add(self, words):
-        self.counts.update(word[:i] for word in words for i in range(1, len(word)))
+        self.update(word[:i] for word in words for i in range(1, len(word)))
 
     def finish(self):
-        counts, self.counts = self.counts, collections.Counter()
-        return {prefix for prefix, count in counts.items() if count > 3}
+        popular = {prefix for prefix, count in self.items() if count > 3}
+        self.clear()
+        return popular
 
 
 # ---- serial ----
 def run_serial(batches, num_cpus):
     def trial():
         counter = PrefixCounter()
-        for batch in batches:
-            for document in batch:
-                counter.add(document)
+        counter.add(itertools.chain(*itertools.chain(*batches)))
         return counter.finish()
 
     yield trial
@@ -129,10 +113,8 @@ def run_multiprocessing_tuned(batches, num_cpus):
         return set().union(*[c.get() for c in calls][-num_cpus:])
 
     with contextlib.ExitStack() as stack:
-        start_one = multiprocessing.get_context("spawn").Pool
-        pools = [stack.enter_context(start_one(1)) for _ in range(num_cpus)]
-        with interruptible():
-            [pool.apply(call, ("finish",)) for pool in pools]
+        pools = [stack.enter_context(SPAWN.Pool(1)) for _ in range(num_cpus)]
+        [pool.apply(call, ("finish",)) for pool in pools]
         yield trial
 
 
@@ -146,8 +128,7 @@ def run_ray(batches, num_cpus):
     with start_ray(num_cpus) as ray:
         Actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(PrefixCounter)
         actors = [Actor.remote() for _ in range(num_cpus)]
-        with interruptible():
-            ray.get([actor.__ray_ready__.remote() for actor in actors])
+        ray.get([actor.__ray_ready__.remote() for actor in actors])
         yield trial
 
 
@@ -157,47 +138,15 @@ NAMES = ["serial", "multiprocessing", "multiprocessing-tuned", "ray"]
 RUNS = [run_serial, run_multiprocessing, run_multiprocessing_tuned, run_ray]
 LIMITS = {"num_cpus": (1, 1024), "num_warmups": (0, 10**6), "seed": (0, 10**6)}
 ROW = "{:22}{:7.2f}{:9.4f} ± {:.4f}{:9.4f} … {:.4f}{:>8}  {}"
+SPAWN, STOP = multiprocessing.get_context("spawn"), [signal.SIGINT, signal.SIGTERM]
 
 
-@contextlib.contextmanager
-def interruptible(name="multiprocessing"):
-    """Let Ctrl-C, SIGTERM or a worker's death end the run here; elsewhere they wait."""
-    workers, ended = multiprocessing.active_children(), threading.Event()
-
-    def watch():  # Pool.map would wait for ever for a worker that died
-        connection.wait([worker.sentinel for worker in workers])
-        if not ended.is_set():
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
-
-    def end(*_):
-        signal.alarm(5)  # again, as closing a Pool hangs if a worker held a lock of it
-        raise sys.exc_info()[1] or ChildProcessError(f"{name}: a worker died")
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup had it ignored
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.signal(signal.SIGALRM, end)
-    if workers:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        yield
-    except BaseException:
-        signal.alarm(5 if workers else 0)  # or is cut off while it writes a result
-        raise
-    finally:
-        ended.set()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-
-
-@contextlib.contextmanager
 def start_pool(num_cpus, prepare=None, *initargs):
-    """Yield a Pool whose workers are up: `prepare` is given a barrier to wait at."""
-    spawn = multiprocessing.get_context("spawn")
-    ready = spawn.Barrier(num_cpus + 1)
-    with spawn.Pool(num_cpus, prepare or type(ready).wait, (ready, *initargs)) as pool:
-        with interruptible():
-            ready.wait()
-        yield pool
+    """Return a Pool whose workers are up: `prepare` is given a barrier to wait at."""
+    ready = SPAWN.Barrier(num_cpus + 1)
+    pool = SPAWN.Pool(num_cpus, prepare or type(ready).wait, (ready, *initargs))
+    ready.wait()
+    return pool
 
 
 @contextlib.contextmanager
@@ -206,36 +155,48 @@ def start_ray(num_cpus):
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` hangs
     import ray
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack it
+    options = {"num_cpus": num_cpus, "include_dashboard": False}
+    options["_temp_dir"] = tempfile.gettempdir()
     address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as tmp:
-        options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": tmp}
-        try:
-            if address:  # ray.init would try it for minutes, though nothing answers
-                print(f"joining the Ray cluster at {address}", file=sys.stderr)
-                try:
-                    socket.create_connection(address.rpartition(":")[::2], 9).close()
-                except OSError as error:
-                    raise OSError("no answer: unset RAY_ADDRESS, ray stop") from error
-                options = {"address": address}
-            ray.init(logging_level="error", log_to_driver=False, **options)
-            cpus = int(ray.cluster_resources()["CPU"])
-            if cpus < num_cpus:
-                raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
-            if cpus > max(num_cpus, os.cpu_count()):
-                print(f"only ray can use the cluster's {cpus} CPUs", file=sys.stderr)
-            yield ray
-        except ray.exceptions.RayError as error:
-            why = str(error).splitlines()[-1].partition(" Worker exit type")[0]
-            lost = OSError(f"ray failed, and its state is lost: {why}")
-            raise getattr(error, "cause", lost) from error
-        finally:
-            ray.shutdown(wait_for_processes=True)
+    if address:  # ray.init would try it for minutes, though nothing answers
+        sys.stderr.write(f"joining Ray at {address} (or unset RAY_ADDRESS, ray stop)\n")
+        socket.create_connection(address.rpartition(":")[::2], 9).close()
+        options = {"address": address}
+    try:
+        ray.init(logging_level="error", log_to_driver=False, **options)
+        cpus = int(ray.cluster_resources()["CPU"])
+        if cpus < num_cpus:
+            raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
+        if cpus > max(num_cpus, os.cpu_count()):
+            print(f"only ray can use the cluster's {cpus} CPUs", file=sys.stderr)
+        yield ray
+    except ray.exceptions.RayError as error:
+        lost = OSError(f"ray failed, with its state: {str(error).splitlines()[-1]}")
+        raise getattr(error, "cause", lost) from error
+    finally:
+        ray.shutdown(wait_for_processes=True)
 
 
-def measure(name, inputs, args, reference):
+def measure(folder, name, args, num_cpus, reference):
     """Return set-up seconds, the trials' seconds, and the result that all passes gave."""
-    run, start, seconds = RUNS[NAMES.index(name)], time.perf_counter(), []
-    with contextlib.contextmanager(run)(*inputs) as trial, interruptible(name):
+    os.setpgrp()  # a group that a terminal's Ctrl-C spares, and that run_apart kills
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+    tempfile.tempdir, over = folder, threading.Event()
+
+    def watch():  # as Pool.map would wait for ever for a worker that died
+        processes = {multiprocessing.parent_process()}
+        while not over.wait(0.5):
+            processes.update(multiprocessing.active_children())
+            if not all(process.is_alive() for process in processes):
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    inputs, run = make_inputs(args, num_cpus), RUNS[NAMES.index(name)]
+    start, seconds = time.perf_counter(), []
+    with contextlib.ExitStack() as stack:
+        trial = stack.enter_context(contextlib.contextmanager(run)(*inputs))
+        stack.callback(over.set)
         setup_seconds = time.perf_counter() - start
         for number in range(args.num_warmups + args.num_trials):
             if sys.stderr.isatty():
@@ -250,11 +211,29 @@ def measure(name, inputs, args, reference):
     return setup_seconds, seconds[args.num_warmups :], reference
 
 
+def run_apart(name, *arguments):
+    """Return what measure returns, run in a process of its own; leave nothing of it."""
+    folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
+    with folder, concurrent.futures.ProcessPoolExecutor(1, SPAWN) as executor:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # the executor unblocked them
+        future = executor.submit(measure, folder.name, name, *arguments)
+        [driver] = multiprocessing.active_children()
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+            return future.result()
+        except concurrent.futures.BrokenExecutor as error:
+            raise ChildProcessError(f"{name}: a worker died; run it again") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+            driver.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(driver.pid, signal.SIGKILL)
+
+
 def main():
     """Run what the flags ask for; print a table per worker count, or JSON lines."""
-    cores = psutil.cpu_count(logical=False) or os.cpu_count()  # None in some containers
-    if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    cores = min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
@@ -265,8 +244,8 @@ def main():
     add("--num-warmups", type=int, default=NUM_WARMUPS, help="untimed passes before")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--json", action="store_true", help="print JSON lines; tables go to stderr")
-    for name, (value, text) in SIZES.items():
-        add("--" + name.replace("_", "-"), type=type(value), default=value, help=text)
+    for k, v in SIZES.items():
+        add("--" + k.replace("_", "-"), type=type(v), default=v, help="of the workload")
     args, table, stdout = parser.parse_args(), {}, sys.stdout
     for name, value in [*vars(args).items(), *(("num_cpus", n) for n in args.num_cpus)]:
         low, high = LIMITS.get(name, (1, 10**6))
@@ -274,30 +253,29 @@ def main():
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if len({*args.implementations}) < len(args.implementations):
         parser.error("--implementations names one twice")
-    environment = {"python": sys.version.split()[0], "platform": platform.platform()}
+    environment = {"physical_cores": cores, "platform": " ".join(os.uname()[::2])}
     environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    environment["physical_cores"] = cores
+    environment["python"] = sys.version.split()[0]
     parameters = {name: getattr(args, name) for name in ["seed", *SIZES]}
     details = ", ".join(f"{k} {v}" for k, v in {**parameters, **environment}.items())
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it tidies up, so quietly
+    for number in STOP:
+        signal.signal(number, lambda *_: sys.exit(130))
     sys.stdout = sys.stderr if args.json else stdout
     for num_cpus in args.num_cpus:
         print(f"{__doc__.splitlines()[0]} {num_cpus} workers, {args.num_trials} trials")
         print(f"after {args.num_warmups} warm-ups, {details}\n", flush=True)
         print(f"{'seconds':22} set-up       mean ± std        min … max  speedup")
-        with interruptible():
-            resource_tracker.ensure_running()  # which unblocks SIGINT: not in set-up
-            inputs = make_inputs(args, num_cpus)
         reference, means = None, table.setdefault(num_cpus, {})
         for name in sorted(args.implementations, key=NAMES.index):
-            setup, seconds, reference = measure(name, inputs, args, reference)
+            setup, seconds, reference = run_apart(name, args, num_cpus, reference)
             mean = means[name] = statistics.mean(seconds)
             std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
             speedup = means["serial"] / mean if "serial" in means else None
             ends = min(seconds), max(seconds), f"{speedup:.2f}x" if speedup else ""
             bar = "█" * round(5 * mean / next(iter(means.values())))
-            print(ROW.format(name, setup, mean, std, *ends, bar), flush=True)
-            if std > 0.1 * mean:
-                print(f"{name} varies by over 10%: raise --num-trials, close programs")
+            note = " varies over 10%: raise --num-trials" if std > 0.1 * mean else ""
+            print(ROW.format(name, setup, mean, std, *ends, bar + note), flush=True)
             record = {"benchmark": SCRIPT, "implementation": name, "num_cpus": num_cpus}
             record |= {"setup_seconds": setup, "trial_seconds": seconds}
             record |= {"mean_seconds": mean, "std_seconds": std, "speedup": speedup}
@@ -305,22 +283,18 @@ def main():
             if args.json:
                 print(json.dumps(record), file=stdout, flush=True)
         best, *others = sorted(means, key=means.get)
-        for name in others:
-            print(f"{best} is {means[name] / means[best]:.2f}x as fast as {name}")
-        print("All results agree.\n")
+        ratios = [f", {means[k] / means[best]:.2f}x as fast as {k}" for k in others]
+        print(f"Fastest: {best}", *ratios, ". All results agree.\n", sep="")
     if len(table) > 1:
-        print("workers", *(f"{name:>22}" for name in means), " mean s; the work grows")
+        print("workers", *(f"{name:>21}" for name in means), " mean; the work grows")
         for num_cpus, means in table.items():
-            print(f"{num_cpus:7}", *(f"{mean:22.4f}" for mean in means.values()))
+            print(f"{num_cpus:7}", *(f"{mean:21.4f}" for mean in means.values()))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:  # as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+        os._exit(1)
     except (OSError, MemoryError) as error:
         sys.exit(f"{SCRIPT}.py: error: {error}")

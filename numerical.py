@@ -135,6 +135,7 @@ def start_ray(num_cpus):
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack it
     options = {"num_cpus": num_cpus, "include_dashboard": False}
+    options["_system_config"] = {"process_group_cleanup_enabled": False}  # see measure
     options["_temp_dir"] = tempfile.gettempdir()
     address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
     if address:  # ray.init would try it for minutes, though nothing answers
@@ -236,7 +237,7 @@ def main():
     environment["python"] = sys.version.split()[0]
     parameters = {name: getattr(args, name) for name in ["seed", *SIZES]}
     details = ", ".join(f"{k} {v}" for k, v in {**parameters, **environment}.items())
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it tidies up, so quietly
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # after a kill
     for number in STOP:
         signal.signal(number, lambda *_: sys.exit(130))
     sys.stdout = sys.stderr if args.json else stdout

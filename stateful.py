@@ -44,10 +44,9 @@ def make_inputs(args, num_cpus):
         raise MemoryError(f"no memory for {num_words} words and counts: ask for fewer")
     if num_cpus > 256:
         print("256 first bytes keep 256 workers busy; the others idle", file=sys.stderr)
-    draw, size = random.Random(args.seed).randbytes, args.word_length
-    words, batches = range(args.words_per_document), range(args.num_documents)
-    inputs = [[[draw(size) for _ in words] for _ in range(num_cpus)] for _ in batches]
-    return inputs, num_cpus
+    draw, n = random.Random(args.seed).randbytes, args.word_length
+    docs, words = range(args.num_documents), range(args.words_per_document)
+    return [[[draw(n) for _ in words] for _ in range(num_cpus)] for _ in docs], num_cpus
 
 
 def route(batches, workers):
@@ -157,6 +156,7 @@ def start_ray(num_cpus):
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack it
     options = {"num_cpus": num_cpus, "include_dashboard": False}
+    options["_system_config"] = {"process_group_cleanup_enabled": False}  # see measure
     options["_temp_dir"] = tempfile.gettempdir()
     address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
     if address:  # ray.init would try it for minutes, though nothing answers
@@ -258,7 +258,7 @@ def main():
     environment["python"] = sys.version.split()[0]
     parameters = {name: getattr(args, name) for name in ["seed", *SIZES]}
     details = ", ".join(f"{k} {v}" for k, v in {**parameters, **environment}.items())
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it tidies up, so quietly
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # after a kill
     for number in STOP:
         signal.signal(number, lambda *_: sys.exit(130))
     sys.stdout = sys.stderr if args.json else stdout

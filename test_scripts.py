@@ -183,9 +183,8 @@ def test_json_tables_and_sweep(script, made):
         assert row.count("█") == round(5 * mean / serial["mean_seconds"])
         assert ("varies over 10%" in row) == (record["std_seconds"] > 0.1 * mean)
     assert done.stderr.count("All results agree.") == len(counts)
-    fast, *_, slow = sorted(
-        (r["mean_seconds"], r["implementation"]) for r in records[:4]
-    )
+    means = [(r["mean_seconds"], r["implementation"]) for r in records[:4]]
+    fast, *_, slow = sorted(means)
     assert f"Fastest: {fast[1]}, " in done.stderr
     assert f", {slow[0] / fast[0]:.2f}x as fast as {slow[1]}. All" in done.stderr
     *_, title, one, two = done.stderr.splitlines()
@@ -229,20 +228,18 @@ def test_wrong_flags_are_refused_in_one_line(flags):
 
 
 def test_wrong_input_is_refused_in_one_line(made, tmp_path):
+    np.save(tmp_path / "floats.npy", np.zeros((9, 28, 28)))
+    np.savez(tmp_path / "three.npz", x_train=[1], y_train=[1], x_test=[1])
+    no_model = "--model-path /none --implementations"
     for script, flags in [
         ("numerical", "--image-size 900000"),
         ("stateful", "--words-per-document 1000000 --word-length 1000000"),
-        (
-            "expensive_init",
-            "--model-path /none --implementations multiprocessing-tuned",
-        ),
-        ("expensive_init", "--model-path /none --implementations ray"),
+        ("expensive_init", f"{no_model} multiprocessing-tuned"),
+        ("expensive_init", f"{no_model} ray"),
         ("save_model", f"--folder {tmp_path} --data /none"),
         ("save_model", f"--folder {tmp_path} --data {tmp_path}/floats.npy"),
         ("save_model", f"--folder {tmp_path} --data {tmp_path}/three.npz"),
     ]:
-        np.save(tmp_path / "floats.npy", np.zeros((9, 28, 28)))
-        np.savez(tmp_path / "three.npz", x_train=[1], y_train=[1], x_test=[1])
         error = run(script, f"{made[-1].get(script, '')} {flags}", status=1).stderr
         assert re.fullmatch(rf"{script}\.py: error: .+\n", error), flags
     assert run("save_model", "--folder /none", status=2).stderr.count("\n") == 1
@@ -347,9 +344,8 @@ def test_save_model_without_network(tmp_path):
     closed = {"https_proxy": "http://127.0.0.1:9", "KERAS_HOME": str(tmp_path)}
     flags = f"--num-images 6000 --folder {tmp_path}"
     done = run("save_model", flags, env={**os.environ, **closed})
-    assert re.fullmatch(
-        "using synthetic images, as MNIST is not there: .+\n", done.stderr
-    )
+    reason = "using synthetic images, as MNIST is not there: .+\n"
+    assert re.fullmatch(reason, done.stderr)
     assert float(re.search(r"10000 test images: ([\d.]+)", done.stdout)[1]) > 0.9
     assert np.load(tmp_path / "images.npy").shape == (10000, 28, 28)
 
@@ -431,7 +427,7 @@ KILLED = [
 @pytest.mark.parametrize(("script", "name", "pattern", "message"), KILLED)
 def test_killed_process(script, name, pattern, message, made):
     more = {"numerical": "--image-size 2000", "stateful": "--words-per-document 12000"}
-    more["expensive_init"] = "--num-batches 60"
+    more["expensive_init"] = "--num-batches 200"
     names = f"{name} --num-trials 20" if message else f"serial {name} --num-trials 2"
     flags = f"{made[-1][script]} {more[script]} --num-cpus 2 --implementations {names}"
     process = start(script, f"{flags} --num-warmups 0")
@@ -470,12 +466,8 @@ def test_ctrl_c_in_set_up():
 
 
 def test_worker_that_cannot_start_ends_the_run(tmp_path):
-    changed(
-        "numerical",
-        tmp_path,
-        "    ready.wait()\n\n\ndef filter",
-        "    os._exit(3)\n\n\ndef filter",
-    )
+    old, new = "    ready.wait()\n\n\ndef filter", "    os._exit(3)\n\n\ndef filter"
+    changed("numerical", tmp_path, old, new)
     flags = f"--implementations multiprocessing-tuned {SIZES['numerical']}"
     error = run("numerical", flags, status=1, cwd=tmp_path).stderr
     message = "multiprocessing-tuned: a worker died; run it again"
@@ -537,9 +529,8 @@ def test_cluster_of_two_nodes_is_joined(cluster, made):
         done = run(script, flags)
         assert done.stderr.startswith(joining) and "All results agree." in done.stdout
     error = run("numerical", "--implementations ray --num-cpus 4", status=1).stderr
-    assert (
-        error == joining + "numerical.py: error: 4 workers, but Ray has only 3 CPUs\n"
-    )
+    too_few = "numerical.py: error: 4 workers, but Ray has only 3 CPUs\n"
+    assert error == joining + too_few
 
 
 def test_dead_address_is_refused_at_once(monkeypatch):

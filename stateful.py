@@ -189,7 +189,7 @@ def measure(folder, name, args, num_cpus, reference):
         while not over.wait(0.5):
             processes.update(multiprocessing.active_children())
             if not all(process.is_alive() for process in processes):
-                os._exit(1)
+                os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
     inputs, run = make_inputs(args, num_cpus), RUNS[NAMES.index(name)]

@@ -71,8 +71,8 @@ class Classifier:
             if self.model.input_shape != (None, 28, 28):
                 raise ValueError("the model takes no images of 28 x 28")
         except Exception as error:
-            why = f"{os.uname().nodename}: {error}".partition("\n")[0].strip(".")
-            raise OSError(f"{why}; run save_model.py there") from error
+            why = f"{images_path}, {model_path}: {error}".partition("\n")[0].strip(".")
+            raise OSError(f"{os.uname().nodename}: {why}; run save_model.py") from error
         self.batch_size = batch_size
 
     def classify(self, place):

@@ -274,7 +274,9 @@ def test_wrong_model_or_images_are_refused_in_one_line(made, tmp_path):
     command = [sys.executable, "-c", CLASSIFIERS, json.dumps(cases, default=str)]
     *lines, last = subprocess.check_output(command, cwd=HERE, text=True).splitlines()
     assert last == "accepted (1000, 28, 28)" and len(lines) == len(cases) - 1
-    assert all(re.fullmatch(r".+: .+; run save_model.py there", line) for line in lines)
+    for (model, images, _), line in zip(cases, lines):
+        start = re.escape(f"{os.uname().nodename}: {images}, {model}: ")
+        assert re.fullmatch(start + ".+; run save_model.py", line)
 
 
 def test_odd_sizes_work():
@@ -460,7 +462,7 @@ def test_signals_end_the_run_cleanly(name, number):
 
 def test_ctrl_c_in_set_up():
     process = start("numerical", "--implementations ray")
-    wait_for(process, "gcs_server")
+    wait_for(process, "default_worker", count=2)  # which do not know the raylet yet
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
 

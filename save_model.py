@@ -13,10 +13,24 @@ Run: python save_model.py, or, with nothing installed but uv, uv run save_model.
 Two runs give the same weights, so every node of a cluster can make its own copy.
 """
 
-import argparse
 import os
-import socket
+import signal
 import sys
+
+
+def stop(*_):
+    """End with status 130, without a traceback; a second Ctrl-C cannot disturb it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(130)
+
+
+if __name__ == "__main__":  # at once, as the imports below take their time
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+import argparse
+import socket
 import tempfile
 import zipfile
 
@@ -119,12 +133,12 @@ def run(args):
         print(f"training on {len(x_train)} images ({name})", flush=True)
         model = train(tf, x_train, y_train)
         accuracy = model.evaluate(x_test, y_test, verbose=0)[1]
-        print(f"accuracy on the {len(x_test)} test images: {accuracy:.4f}")
+        print(f"accuracy on the {len(x_test)} test images: {accuracy:.4f}", flush=True)
         model.save(os.path.join(new, "model.keras"))
         np.save(os.path.join(new, "images.npy"), x_test)
         for file in ("model.keras", "images.npy"):
             os.replace(os.path.join(new, file), os.path.join(args.folder, file))
-        print(f"wrote model.keras and images.npy in {args.folder}")
+        print(f"wrote model.keras and images.npy in {args.folder}", flush=True)
 
 
 def positive(text):
@@ -148,8 +162,8 @@ def main():
         parser.error(f"--folder: {args.folder} is not a folder; make it first")
     try:
         run(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except BrokenPipeError:  # as in `| head -1`
+        os._exit(1)
     except (OSError, ValueError) as error:
         sys.exit(f"{ERROR} {error}")
 

@@ -13,6 +13,11 @@ Timed: routing, counting, merging, forgetting. Run: python stateful.py, or uv ru
   ray                    an actor per worker, which is a counter
 """
 
+import signal
+
+if __name__ == "__main__":  # before NumPy has threads: an import cannot tidy up
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+
 import argparse
 import collections
 import concurrent.futures
@@ -20,10 +25,9 @@ import contextlib
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import random
-import signal
 import socket
 import statistics
 import sys
@@ -39,13 +43,12 @@ SIZES = {"num_documents": 10, "words_per_document": 10000, "word_length": 20}
 
 def make_inputs(args, num_cpus):
     """Return batches of `num_cpus` documents, each a list of random words (bytes)."""
-    num_words = num_cpus * args.num_documents * args.words_per_document
-    if 120 * num_words * args.word_length > psutil.virtual_memory().available:
-        raise MemoryError(f"no memory for {num_words} words and counts: ask for fewer")
-    if num_cpus > 256:
-        print("256 first bytes keep 256 workers busy; the others idle", file=sys.stderr)
     draw, n = random.Random(args.seed).randbytes, args.word_length
     docs, words = range(args.num_documents), range(args.words_per_document)
+    if 120 * num_cpus * len(docs) * len(words) * n > psutil.virtual_memory().available:
+        raise MemoryError("no memory for the words and their counts: ask for fewer")
+    if num_cpus > 256:
+        print("256 first bytes keep 256 workers busy; the others idle", file=sys.stderr)
     return [[[draw(n) for _ in words] for _ in range(num_cpus)] for _ in docs], num_cpus
 
 
@@ -70,10 +73,12 @@ class PrefixCounter(collections.Counter):
         return popular
 
 
+counter = PrefixCounter()  # every process has its own
+
+
 # ---- serial ----
 def run_serial(batches, num_cpus):
     def trial():
-        counter = PrefixCounter()
         counter.add(itertools.chain(*itertools.chain(*batches)))
         return counter.finish()
 
@@ -98,9 +103,6 @@ def run_multiprocessing(batches, num_cpus):
 
 
 # ---- multiprocessing-tuned ----
-counter = PrefixCounter()  # every process has its own
-
-
 def call(method, *arguments):
     return getattr(counter, method)(*arguments)
 
@@ -132,9 +134,8 @@ def run_ray(batches, num_cpus):
 
 
 # ---- timing and reporting: the same, letter for letter, in the three benchmarks ----
-SCRIPT = os.path.basename(__file__).removesuffix(".py")
+SCRIPT, WATCHED = os.path.basename(__file__).removesuffix(".py"), set()
 NAMES = ["serial", "multiprocessing", "multiprocessing-tuned", "ray"]
-RUNS = [run_serial, run_multiprocessing, run_multiprocessing_tuned, run_ray]
 LIMITS = {"num_cpus": (1, 1024), "num_warmups": (0, 10**6), "seed": (0, 10**6)}
 ROW = "{:22}{:7.2f}{:9.4f} ± {:.4f}{:9.4f} … {:.4f}{:>8}  {}"
 SPAWN, STOP = multiprocessing.get_context("spawn"), [signal.SIGINT, signal.SIGTERM]
@@ -156,7 +157,7 @@ def start_ray(num_cpus):
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack it
     options = {"num_cpus": num_cpus, "include_dashboard": False}
-    options["_system_config"] = {"process_group_cleanup_enabled": False}  # see measure
+    options["_system_config"] = {"process_group_cleanup_enabled": False}  # all in one
     options["_temp_dir"] = tempfile.gettempdir()
     address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
     if address:  # ray.init would try it for minutes, though nothing answers
@@ -170,6 +171,7 @@ def start_ray(num_cpus):
             raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
         if cpus > max(num_cpus, os.cpu_count()):
             print(f"only ray can use the cluster's {cpus} CPUs", file=sys.stderr)
+        WATCHED.add(ray._private.worker._global_node.remaining_processes_alive)
         yield ray
     except ray.exceptions.RayError as error:
         lost = OSError(f"ray failed, with its state: {str(error).splitlines()[-1]}")
@@ -180,23 +182,21 @@ def start_ray(num_cpus):
 
 def measure(folder, name, args, num_cpus, reference):
     """Return set-up seconds, the trials' seconds, and the result that all passes gave."""
-    os.setpgrp()  # a group that a terminal's Ctrl-C spares, and that run_apart kills
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     tempfile.tempdir, over = folder, threading.Event()
 
     def watch():  # as Pool.map would wait for ever for a worker that died
-        processes = {multiprocessing.parent_process()}
         while not over.wait(0.5):
-            processes.update(multiprocessing.active_children())
-            if not all(process.is_alive() for process in processes):
+            WATCHED.update(p.is_alive for p in multiprocessing.active_children())
+            if not all(is_alive() for is_alive in WATCHED):
                 os.killpg(0, signal.SIGKILL)
 
+    WATCHED.add(multiprocessing.parent_process().is_alive)
     threading.Thread(target=watch, daemon=True).start()
-    inputs, run = make_inputs(args, num_cpus), RUNS[NAMES.index(name)]
+    data, run = make_inputs(args, num_cpus), globals()["run_" + name.replace("-", "_")]
     start, seconds = time.perf_counter(), []
-    with contextlib.ExitStack() as stack:
-        trial = stack.enter_context(contextlib.contextmanager(run)(*inputs))
-        stack.callback(over.set)
+    with contextlib.contextmanager(run)(*data) as trial, contextlib.ExitStack() as end:
+        end.callback(over.set)
         setup_seconds = time.perf_counter() - start
         for number in range(args.num_warmups + args.num_trials):
             if sys.stderr.isatty():
@@ -204,25 +204,24 @@ def measure(folder, name, args, num_cpus, reference):
             start = time.perf_counter()
             result = trial()
             seconds.append(time.perf_counter() - start)
-            reference = result if reference is None else reference
-            if not same_result(result, reference):
+            if reference is not None and not same_result(result, reference):
                 raise OSError(f"{name} differs from the first implementation's result")
-            del result  # or freeing it would count in the next trial
+            reference = result  # kept, or freeing it would count in the next trial
     return setup_seconds, seconds[args.num_warmups :], reference
 
 
 def run_apart(name, *arguments):
-    """Return what measure returns, run in a process of its own; leave nothing of it."""
+    """Return what measure returns, run in a process group, which is killed in the end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
-    with folder, concurrent.futures.ProcessPoolExecutor(1, SPAWN) as executor:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # the executor unblocked them
-        future = executor.submit(measure, folder.name, name, *arguments)
+    with folder, concurrent.futures.ProcessPoolExecutor(1, SPAWN, os.setpgrp) as runner:
+        future = runner.submit(measure, folder.name, name, *arguments)
         [driver] = multiprocessing.active_children()
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
             return future.result()
         except concurrent.futures.BrokenExecutor as error:
-            raise ChildProcessError(f"{name}: a worker died; run it again") from error
+            raise ChildProcessError(f"{name}: a process died; run it again") from error
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
             driver.kill()
@@ -261,6 +260,7 @@ def main():
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # after a kill
     for number in STOP:
         signal.signal(number, lambda *_: sys.exit(130))
+    multiprocessing.resource_tracker.ensure_running()  # which unblocks STOP, but once
     sys.stdout = sys.stderr if args.json else stdout
     for num_cpus in args.num_cpus:
         print(f"{__doc__.splitlines()[0]} {num_cpus} workers, {args.num_trials} trials")
@@ -286,7 +286,7 @@ def main():
         ratios = [f", {means[k] / means[best]:.2f}x as fast as {k}" for k in others]
         print(f"Fastest: {best}", *ratios, ". All results agree.\n", sep="")
     if len(table) > 1:
-        print("workers", *(f"{name:>21}" for name in means), " mean; the work grows")
+        print("workers", *(f"{name:>21}" for name in means), " mean s; the work grows")
         for num_cpus, means in table.items():
             print(f"{num_cpus:7}", *(f"{mean:21.4f}" for mean in means.values()))
 

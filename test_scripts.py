@@ -417,12 +417,13 @@ def wait_for(process, pattern, count=1):
 
 
 KILLED = [
-    ("numerical", "multiprocessing", "spawn_main", "multiprocessing: a worker died"),
-    ("stateful", "multiprocessing-tuned", "spawn_main", "tuned: a worker died"),
+    ("numerical", "multiprocessing", "spawn_main", "multiprocessing: a process died"),
+    ("stateful", "multiprocessing-tuned", "spawn_main", "tuned: a process died"),
     ("numerical", "ray", "^ray::filter_image", None),
     ("expensive_init", "ray", "^ray::Classifier.classify", None),
     ("stateful", "ray", "^ray::PrefixCounter.add", "ray failed, with its state: "),
-    ("stateful", "ray", r"^\S+/raylet/raylet ", "error: ray"),
+    ("numerical", "ray", r"^\S+/raylet/raylet ", "error: ray: a process died"),
+    ("expensive_init", "ray", r"^\S+/gcs/gcs_server ", "error: ray: a process died"),
 ]
 
 
@@ -460,6 +461,26 @@ def test_signals_end_the_run_cleanly(name, number):
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("script", [*SIZES, "save_model"])
+def test_ctrl_c_while_importing(script):
+    command = [sys.executable, "-X", "importtime", f"{HERE}/{script}.py"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes)
+    assert any("argparse" in line for line in process.stderr)  # the first of many
+    process.send_signal(signal.SIGINT)
+    lines = process.stderr.read().splitlines()
+    assert [line for line in lines if not line.startswith("import time:")] == []
+    assert process.wait() == 130
+
+
+def test_sigterm_while_training(made, tmp_path):
+    process = start("save_model", f"--data {made[0]}/small.npz --folder {tmp_path}")
+    assert process.stdout.readline().startswith("training on")
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 130
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_in_set_up():
     process = start("numerical", "--implementations ray")
     wait_for(process, "default_worker", count=2)  # which do not know the raylet yet
@@ -472,7 +493,7 @@ def test_worker_that_cannot_start_ends_the_run(tmp_path):
     changed("numerical", tmp_path, old, new)
     flags = f"--implementations multiprocessing-tuned {SIZES['numerical']}"
     error = run("numerical", flags, status=1, cwd=tmp_path).stderr
-    message = "multiprocessing-tuned: a worker died; run it again"
+    message = "multiprocessing-tuned: a process died; run it again"
     assert error == f"numerical.py: error: {message}\n"
 
 

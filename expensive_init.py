@@ -134,8 +134,9 @@ def run_ray(places, num_cpus, sources):
 
 
 # ---- timing and reporting: the same, letter for letter, in the three benchmarks ----
-SCRIPT, WATCHED = os.path.basename(__file__).removesuffix(".py"), set()
+SCRIPT, ALIVE = os.path.basename(__file__).removesuffix(".py"), set()
 NAMES = ["serial", "multiprocessing", "multiprocessing-tuned", "ray"]
+RUNS = [run_serial, run_multiprocessing, run_multiprocessing_tuned, run_ray]
 LIMITS = {"num_cpus": (1, 1024), "num_warmups": (0, 10**6), "seed": (0, 10**6)}
 ROW = "{:22}{:7.2f}{:9.4f} ± {:.4f}{:9.4f} … {:.4f}{:>8}  {}"
 SPAWN, STOP = multiprocessing.get_context("spawn"), [signal.SIGINT, signal.SIGTERM]
@@ -157,27 +158,26 @@ def start_ray(num_cpus):
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack it
     options = {"num_cpus": num_cpus, "include_dashboard": False}
-    options["_system_config"] = {"process_group_cleanup_enabled": False}  # all in one
+    options["_system_config"] = {"process_group_cleanup_enabled": False}  # one group
     options["_temp_dir"] = tempfile.gettempdir()
     address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
     if address:  # ray.init would try it for minutes, though nothing answers
-        sys.stderr.write(f"joining Ray at {address} (or unset RAY_ADDRESS, ray stop)\n")
+        sys.stderr.write(f"only ray joins {address} (or unset RAY_ADDRESS, ray stop)\n")
         socket.create_connection(address.rpartition(":")[::2], 9).close()
         options = {"address": address}
     try:
         ray.init(logging_level="error", log_to_driver=False, **options)
-        cpus = int(ray.cluster_resources()["CPU"])
+        node, has = ray._private.worker._global_node, ray.cluster_resources
+        cpus = int(has()["CPU"])
         if cpus < num_cpus:
             raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
-        if cpus > max(num_cpus, os.cpu_count()):
-            print(f"only ray can use the cluster's {cpus} CPUs", file=sys.stderr)
-        WATCHED.add(ray._private.worker._global_node.remaining_processes_alive)
-        yield ray
+        ALIVE.add(lambda: not node.dead_processes() and has().get("CPU", 0) >= num_cpus)
+        sys.stderr = os.fdopen(os.dup(2), "w", 1)  # apart from Ray's C++ lines
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        yield ray  # which ends with this process
     except ray.exceptions.RayError as error:
         lost = OSError(f"ray failed, with its state: {str(error).splitlines()[-1]}")
         raise getattr(error, "cause", lost) from error
-    finally:
-        ray.shutdown(wait_for_processes=True)
 
 
 def measure(folder, name, args, num_cpus, reference):
@@ -187,13 +187,13 @@ def measure(folder, name, args, num_cpus, reference):
 
     def watch():  # as Pool.map would wait for ever for a worker that died
         while not over.wait(0.5):
-            WATCHED.update(p.is_alive for p in multiprocessing.active_children())
-            if not all(is_alive() for is_alive in WATCHED):
+            ALIVE.update(p.is_alive for p in multiprocessing.active_children())
+            if not all(is_alive() for is_alive in ALIVE):
                 os.killpg(0, signal.SIGKILL)
 
-    WATCHED.add(multiprocessing.parent_process().is_alive)
+    ALIVE.add(multiprocessing.parent_process().is_alive)
     threading.Thread(target=watch, daemon=True).start()
-    data, run = make_inputs(args, num_cpus), globals()["run_" + name.replace("-", "_")]
+    data, run = make_inputs(args, num_cpus), RUNS[NAMES.index(name)]
     start, seconds = time.perf_counter(), []
     with contextlib.contextmanager(run)(*data) as trial, contextlib.ExitStack() as end:
         end.callback(over.set)

@@ -536,8 +536,7 @@ def cluster(monkeypatch):
             nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             assert any("Ray runtime started" in line for line in nodes[-1].stdout)
         monkeypatch.setenv("RAY_ADDRESS", address)
-        yield address
-        assert [node.poll() for node in nodes] == [None, None]
+        yield address, nodes
     finally:
         for node in reversed(nodes):
             node.terminate()
@@ -545,8 +544,9 @@ def cluster(monkeypatch):
         shutil.rmtree(folder)
 
 
-def test_cluster_of_two_nodes_is_joined(cluster, made):
-    joining = f"joining Ray at {cluster} (or unset RAY_ADDRESS, ray stop)\n"
+def test_cluster_of_two_nodes(cluster, made):
+    address, nodes = cluster
+    joining = f"only ray joins {address} (or unset RAY_ADDRESS, ray stop)\n"
     for script in SIZES:  # three workers need both nodes
         flags = f"--implementations serial ray --num-cpus 3 {QUICK} {made[-1][script]}"
         done = run(script, flags)
@@ -554,10 +554,19 @@ def test_cluster_of_two_nodes_is_joined(cluster, made):
     error = run("numerical", "--implementations ray --num-cpus 4", status=1).stderr
     too_few = "numerical.py: error: 4 workers, but Ray has only 3 CPUs\n"
     assert error == joining + too_few
+    assert [node.poll() for node in nodes] == [None, None]
+    process = start("numerical", "--implementations ray --num-cpus 3 --num-trials 1000")
+    time.sleep(8)  # it is in its trials then, or nearly
+    for child in psutil.Process(nodes[1].pid).children():
+        if "raylet/raylet" in " ".join(child.cmdline()):
+            child.kill()
+    died = "numerical.py: error: ray: a process died; run it again\n"
+    assert process.communicate(timeout=60)[1] == joining + died
+    assert process.returncode == 1
 
 
 def test_dead_address_is_refused_at_once(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     error = run("numerical", "--implementations ray", status=1).stderr
-    joining = "joining Ray at 127.0.0.1:9 (or unset RAY_ADDRESS, ray stop)\n"
+    joining = "only ray joins 127.0.0.1:9 (or unset RAY_ADDRESS, ray stop)\n"
     assert error == joining + "numerical.py: error: [Errno 111] Connection refused\n"

@@ -15,7 +15,7 @@ batches, classifying, collecting labels; not set-up, which has a column of its o
 
 import signal
 
-if __name__ == "__main__":  # before NumPy has threads: an import cannot tidy up
+if __name__ == "__main__":  # heeded from main on, as imports cannot tidy up
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 
 import argparse

@@ -18,7 +18,7 @@ Not timed: making the inputs, comparing the results.
 
 import signal
 
-if __name__ == "__main__":  # before NumPy has threads: an import cannot tidy up
+if __name__ == "__main__":  # heeded from main on, as imports cannot tidy up
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 
 import argparse

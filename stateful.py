@@ -15,7 +15,7 @@ Timed: routing, counting, merging, forgetting. Run: python stateful.py, or uv ru
 
 import signal
 
-if __name__ == "__main__":  # before NumPy has threads: an import cannot tidy up
+if __name__ == "__main__":  # heeded from main on, as imports cannot tidy up
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 
 import argparse

@@ -105,6 +105,8 @@ def run_multiprocessing_tuned(image, filters):
 # ---- ray ----
 def run_ray(image, filters):
     with start_ray(len(filters)) as ray:
+        if image.nbytes > ray.cluster_resources()["object_store_memory"]:
+            raise MemoryError("no room in Ray's object store: lower --image-size")
         filter_task = ray.remote(scheduling_strategy="SPREAD")(filter_image)
 
         def trial():

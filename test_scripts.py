@@ -246,6 +246,14 @@ def test_wrong_input_is_refused_in_one_line(made, tmp_path):
     assert not list(tmp_path.glob(".save_model*"))
 
 
+def test_image_larger_than_the_object_store_is_refused(monkeypatch):
+    share = 1.5e8 / psutil.virtual_memory().available
+    monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", str(share))
+    error = run("numerical", "--implementations ray --image-size 6000", status=1).stderr
+    problem = "no room in Ray's object store: lower --image-size"
+    assert error == f"numerical.py: error: {problem}\n"
+
+
 CLASSIFIERS = """
 import json, sys, expensive_init
 for arguments in json.loads(sys.argv[1]):

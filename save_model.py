@@ -133,7 +133,7 @@ def run(args):
         print(f"training on {len(x_train)} images ({name})", flush=True)
         model = train(tf, x_train, y_train)
         accuracy = model.evaluate(x_test, y_test, verbose=0)[1]
-        print(f"accuracy on the {len(x_test)} test images: {accuracy:.4f}", flush=True)
+        print(f"accuracy on the {len(x_test)} test images: {accuracy:.4f}")
         model.save(os.path.join(new, "model.keras"))
         np.save(os.path.join(new, "images.npy"), x_test)
         for file in ("model.keras", "images.npy"):

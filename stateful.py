@@ -202,11 +202,11 @@ def measure(folder, name, args, num_cpus, reference):
             if sys.stderr.isatty():
                 print(f"{name}: pass {number + 1}\033[K", end="\r", file=sys.stderr)
             start = time.perf_counter()
-            result = trial()
-            seconds.append(time.perf_counter() - start)
-            if reference is not None and not same_result(result, reference):
+            result, stop = trial(), time.perf_counter()  # before the last one is freed
+            seconds.append(stop - start)
+            reference = result if reference is None else reference
+            if not same_result(result, reference):
                 raise OSError(f"{name} differs from the first implementation's result")
-            reference = result  # kept, or freeing it would count in the next trial
     return setup_seconds, seconds[args.num_warmups :], reference
 
 

@@ -4,31 +4,28 @@
 # ///
 """Expensive initialization: classify images with a model that takes long to load.
 
-  serial                 loads once, in this process; TensorFlow uses every core
-  multiprocessing        Pool.starmap, which keeps nothing: every call loads
-  multiprocessing-tuned  a Pool whose initializer loads, once in every process
+  serial                 loads once, in one process; TensorFlow uses every core
+  multiprocessing        Pool.starmap, which loads in every call
+  multiprocessing-tuned  a Pool whose initializer loads, once per worker
   ray                    an actor per worker, which loads when it starts
 
-Run: python save_model.py && python expensive_init.py. Timed: sending the places of the
-batches, classifying, collecting labels; not set-up, which has a column of its own.
+Run: python save_model.py && python expensive_init.py (or uv run, with nothing but uv).
+Timed: sending the places of the batches, classifying, collecting the labels. Set-up,
+which is starting workers, importing TensorFlow and loading once, is timed apart.
 """
 
-import signal
-
-if __name__ == "__main__":  # heeded from main on, as imports cannot tidy up
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-
 import argparse
-import concurrent.futures
 import contextlib
-import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import multiprocessing.resource_tracker
 import os
-import socket
+import platform
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -37,264 +34,285 @@ import time
 import numpy as np
 import psutil
 
-PACKAGES, NUM_WARMUPS = ["numpy", "psutil", "ray", "tensorflow"], 1
-FOLDER = os.path.dirname(os.path.abspath(__file__))
-SIZES = {"num_batches": 10, "batch_size": 10000}
-SIZES |= {"model_path": f"{FOLDER}/model.keras", "images_path": f"{FOLDER}/images.npy"}
-same_result = np.array_equal
+PACKAGES = ["keras", "numpy", "ray", "tensorflow"]
+NUM_WARMUPS = 1
+SIZES = {"num_batches": (20, "batches per worker"), "batch_size": (1000, "images")}
 
 
-def make_inputs(args, num_cpus):
-    """Return the batches' places among the images, all in [0, 1), and what to load."""
-    places = np.random.default_rng(args.seed).random(num_cpus * args.num_batches)
-    return places, num_cpus, (args.model_path, args.images_path, args.batch_size)
+def make_inputs(num_cpus, seed, num_batches, batch_size):
+    """Return the folder of model and images, num_cpus, and the batches to classify.
+
+    A batch is a tuple (start, stop): the images from start to stop - 1.
+    """
+    folder = os.getcwd()  # an absolute path, which all nodes of a cluster understand
+    for name in ["model.keras", "images.npy"]:
+        if not os.path.exists(os.path.join(folder, name)):
+            sys.exit(f"{name} is not in this folder: run save_model.py first")
+    num_images = len(np.load(os.path.join(folder, "images.npy"), mmap_mode="r"))
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(num_images - batch_size + 1, size=num_cpus * num_batches)
+    batches = [(start, start + batch_size) for start in starts.tolist()]
+    return folder, num_cpus, batches
+
+
+def import_tensorflow(num_threads=1):
+    """Import TensorFlow for num_threads threads (0: one per core), and return it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or each process claims every GPU
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ["TF_USE_LEGACY_KERAS"] = "0"
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(num_threads)
+    tf.config.threading.set_inter_op_parallelism_threads(num_threads)
+    return tf
 
 
 class Classifier:
-    """A model and images, expensive to load. Raises OSError if they cannot be used."""
+    """A model and the images that it classifies, loaded from the files in a folder."""
 
-    def __init__(self, model_path, images_path, batch_size, num_threads=1):
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or each process claims every GPU
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors become exceptions
-        with open(os.devnull, "w") as sink, os.fdopen(os.dup(2), "w") as stderr:
-            os.dup2(sink.fileno(), 2)  # what TensorFlow writes at any log level
-            try:
-                import tensorflow as tf
-            finally:
-                os.dup2(stderr.fileno(), 2)
-        tf.config.threading.set_intra_op_parallelism_threads(num_threads)
-        tf.config.threading.set_inter_op_parallelism_threads(num_threads)
-        tf.get_logger().setLevel("ERROR")  # it warns of the loading in every call
-        try:
-            self.images, self.batch_size = np.load(images_path), batch_size
-            if self.images.dtype != np.uint8 or self.images.shape[1:] != (28, 28):
-                raise ValueError("the images are not uint8 of 28 x 28")
-            if len(self.images) < batch_size:
-                raise ValueError(f"only {len(self.images)} images: lower --batch-size")
-            self.model = tf.keras.models.load_model(model_path)
-            if self.model.input_shape != (None, 28, 28):
-                raise ValueError("the model takes no images of 28 x 28")
-        except Exception as error:
-            why = f"{images_path}, {model_path}: {error}".partition("\n")[0].strip(".")
-            raise OSError(f"{os.uname().nodename}: {why}; run save_model.py") from error
+    def __init__(self, folder, num_threads=1):
+        tf = import_tensorflow(num_threads)
+        self.model = tf.keras.models.load_model(os.path.join(folder, "model.keras"))
+        self.images = np.load(os.path.join(folder, "images.npy"))
 
-    def classify(self, place):
-        """Return the labels of the batch of images at `place`, int64 (batch_size,)."""
-        start = int(place * (len(self.images) - self.batch_size + 1))
-        images = self.images[start : start + self.batch_size]
-        return self.model.predict_on_batch(images).argmax(axis=1)
+    def classify(self, start, stop):
+        """Return the labels of the images from start to stop - 1, int64 (batch_size,)."""
+        return self.model.predict_on_batch(self.images[start:stop]).argmax(axis=1)
 
 
-# ---- serial ----
-def run_serial(places, num_cpus, sources):
-    classifier = Classifier(*sources, num_threads=0)  # 0: as many as TensorFlow likes
-    yield lambda: [classifier.classify(place) for place in places]
+def digest(result):
+    """Return the sha256, in hexadecimal, of a list of arrays."""
+    return hashlib.sha256(np.concatenate(result).tobytes()).hexdigest()
 
 
-# ---- multiprocessing ----
-def load_and_classify(sources, place):
-    return Classifier(*sources).classify(place)
+def set_up_serial(folder, num_cpus, batches):
+    classifier = Classifier(folder, num_threads=0)
+
+    def trial():
+        return [classifier.classify(start, stop) for start, stop in batches]
+
+    return trial
 
 
-def run_multiprocessing(places, num_cpus, sources):
-    calls = [(sources, place) for place in places]
-    with start_pool(num_cpus) as pool:
-        yield lambda: pool.starmap(load_and_classify, calls, chunksize=1)
+def load_and_classify(folder, start, stop):
+    return Classifier(folder).classify(start, stop)
 
 
-# ---- multiprocessing-tuned ----
-get_classifier = functools.cache(Classifier)  # one per process
+def set_up_multiprocessing(folder, num_cpus, batches):
+    pool = start_pool(num_cpus, import_tensorflow)
+
+    def trial():
+        calls = [(folder, start, stop) for start, stop in batches]
+        return pool.starmap(load_and_classify, calls)
+
+    return trial
 
 
-def load_early(ready, *sources):
-    with contextlib.suppress(OSError):  # classify raises it again; here it ends workers
-        get_classifier(*sources)
-    ready.wait()
+def load_in_worker(folder):
+    """Keep a classifier for all calls to this worker."""
+    global worker_classifier
+    worker_classifier = Classifier(folder)
 
 
-def classify(sources, place):
-    return get_classifier(*sources).classify(place)
+def classify_in_worker(start, stop):
+    return worker_classifier.classify(start, stop)
 
 
-def run_multiprocessing_tuned(places, num_cpus, sources):
-    calls = [(sources, place) for place in places]
-    with start_pool(num_cpus, load_early, *sources) as pool:
-        yield lambda: pool.starmap(classify, calls, chunksize=1)
+def set_up_multiprocessing_tuned(folder, num_cpus, batches):
+    pool = start_pool(num_cpus, load_in_worker, [folder])
+
+    def trial():
+        return pool.starmap(classify_in_worker, batches)
+
+    return trial
 
 
-# ---- ray ----
-def run_ray(places, num_cpus, sources):
-    with start_ray(num_cpus) as ray:
-        options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}  # if killed
-        actor_class = ray.remote(scheduling_strategy="SPREAD", **options)(Classifier)
-        actors = [actor_class.remote(*sources) for _ in range(num_cpus)]
-        ray.get([actor.__ray_ready__.remote() for actor in actors])
-        pairs = list(zip(itertools.cycle(actors), places))
-        yield lambda: ray.get([actor.classify.remote(place) for actor, place in pairs])
+def set_up_ray(folder, num_cpus, batches):
+    ray = start_ray(num_cpus)
+    # An actor that dies is restarted, and its lost call is repeated.
+    options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
+    actor_class = ray.remote(**options)(Classifier)
+    actors = [actor_class.remote(folder) for _ in range(num_cpus)]
+    ray.get([actor.__ray_ready__.remote() for actor in actors])
+
+    def trial():
+        calls = []
+        for actor, (start, stop) in zip(itertools.cycle(actors), batches):
+            calls.append(actor.classify.remote(start, stop))
+        return ray.get(calls)
+
+    return trial
 
 
-# ---- timing and reporting: the same, letter for letter, in the three benchmarks ----
-SCRIPT, ALIVE = os.path.basename(__file__).removesuffix(".py"), set()
-NAMES = ["serial", "multiprocessing", "multiprocessing-tuned", "ray"]
-RUNS = [run_serial, run_multiprocessing, run_multiprocessing_tuned, run_ray]
-LIMITS = {"num_cpus": (1, 1024), "num_warmups": (0, 10**6), "seed": (0, 10**6)}
-ROW = "{:22}{:7.2f}{:9.4f} ± {:.4f}{:9.4f} … {:.4f}{:>8}  {}"
-SPAWN, STOP = multiprocessing.get_context("spawn"), [signal.SIGINT, signal.SIGTERM]
+IMPLEMENTATIONS = {
+    "serial": set_up_serial,
+    "multiprocessing": set_up_multiprocessing,
+    "multiprocessing-tuned": set_up_multiprocessing_tuned,
+    "ray": set_up_ray,
+}
 
 
-def start_pool(num_cpus, prepare=None, *initargs):
-    """Return a Pool whose workers are up: `prepare` is given a barrier to wait at."""
-    ready = SPAWN.Barrier(num_cpus + 1)
-    pool = SPAWN.Pool(num_cpus, prepare or type(ready).wait, (ready, *initargs))
-    ready.wait()
+# ---- From here on the same in the three scripts: start workers, measure, report ----
+TITLE = __doc__.splitlines()[0]
+HEADER = "seconds                set-up     mean ± std      min … max     speedup"
+JOINS_CLUSTER = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def start_pool(num_cpus, initializer=None, initargs=()):
+    """Return a multiprocessing.Pool that has answered a call."""
+    pool = multiprocessing.get_context("spawn").Pool(num_cpus, initializer, initargs)
+    pool.map(abs, range(num_cpus))
     return pool
 
 
-@contextlib.contextmanager
 def start_ray(num_cpus):
-    """Yield ray, joined to the cluster of RAY_ADDRESS or `ray start`, or started here."""
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` hangs
+    """Return the ray module, after it joined a cluster or started Ray on this machine."""
+    # Workers shall have this script's packages under `uv run`, and stay in its group.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "0")
     import ray
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack it
-    options = {"num_cpus": num_cpus, "include_dashboard": False}
-    options["_system_config"] = {"process_group_cleanup_enabled": False}  # one group
-    options["_temp_dir"] = tempfile.gettempdir()
-    address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
-    if address:  # ray.init would try it for minutes, though nothing answers
-        sys.stderr.write(f"only ray joins {address} (or unset RAY_ADDRESS, ray stop)\n")
-        socket.create_connection(address.rpartition(":")[::2], 9).close()
-        options = {"address": address}
+    if JOINS_CLUSTER:
+        ray.init()
+    else:
+        ray.init("local", num_cpus=num_cpus, include_dashboard=False)
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if num_cpus > cpus:
+        sys.exit(f"Ray has {cpus} CPUs for {num_cpus} workers: lower --num-cpus")
+    return ray
+
+
+def watch(script_pid):
+    """Kill this process group once the script, or any worker of a Pool, is dead."""
+    workers = set()
+    while os.getppid() == script_pid and all(w.is_alive() for w in workers):
+        workers.update(multiprocessing.active_children())
+        time.sleep(0.1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def measure(args, parameters):
+    """Run one implementation; print a JSON line for its set-up and for every pass."""
+    # Ray writes to stdout, too, so the results keep a descriptor to themselves.
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    # The tracker frees a killed Pool's semaphores: it must outlive group and terminal.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    multiprocessing.resource_tracker.ensure_running()
+    os.setpgrp()
+    threading.Thread(target=watch, args=[args.script_pid], daemon=True).start()
     try:
-        ray.init(logging_level="error", log_to_driver=False, **options)
-        node, has = ray._private.worker._global_node, ray.cluster_resources
-        cpus = int(has()["CPU"])
-        if cpus < num_cpus:
-            raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
-        ALIVE.add(lambda: not node.dead_processes() and has().get("CPU", 0) >= num_cpus)
-        sys.stderr = os.fdopen(os.dup(2), "w", 1)  # apart from Ray's C++ lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        yield ray  # which ends with this process
-    except ray.exceptions.RayError as error:
-        lost = OSError(f"ray failed, with its state: {str(error).splitlines()[-1]}")
-        raise getattr(error, "cause", lost) from error
+        inputs = make_inputs(args.num_cpus[0], **parameters)
+        start = time.perf_counter()
+        trial = IMPLEMENTATIONS[args.implementations[0]](*inputs)
+        print(json.dumps({"setup_seconds": time.perf_counter() - start}), file=results)
+    except SystemExit as mistake:
+        print(json.dumps({"mistake": str(mistake)}), file=results)
+        raise
+    for _ in range(args.num_warmups + args.num_trials):
+        start = time.perf_counter()
+        result = trial()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "sha256": digest(result)}), file=results)
 
 
-def measure(folder, name, args, num_cpus, reference):
-    """Return set-up seconds, the trials' seconds, and the result that all passes gave."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-    tempfile.tempdir, over = folder, threading.Event()
-
-    def watch():  # as Pool.map would wait for ever for a worker that died
-        while not over.wait(0.5):
-            ALIVE.update(p.is_alive for p in multiprocessing.active_children())
-            if not all(is_alive() for is_alive in ALIVE):
-                os.killpg(0, signal.SIGKILL)
-
-    ALIVE.add(multiprocessing.parent_process().is_alive)
-    threading.Thread(target=watch, daemon=True).start()
-    data, run = make_inputs(args, num_cpus), RUNS[NAMES.index(name)]
-    start, seconds = time.perf_counter(), []
-    with contextlib.contextmanager(run)(*data) as trial, contextlib.ExitStack() as end:
-        end.callback(over.set)
-        setup_seconds = time.perf_counter() - start
-        for number in range(args.num_warmups + args.num_trials):
+def run(name, num_cpus, num_passes):
+    """Measure an implementation in a child process; return the child's JSON lines."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--implementations", name]
+    command += ["--num-cpus", str(num_cpus), "--script-pid", str(os.getpid())]
+    records = []
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        for line in itertools.islice(child.stdout, 1 + num_passes):
+            records.append(json.loads(line))
+            if "mistake" in records[-1]:
+                sys.exit(f"{name}: {records[-1]['mistake']}")
             if sys.stderr.isatty():
-                print(f"{name}: pass {number + 1}\033[K", end="\r", file=sys.stderr)
-            start = time.perf_counter()
-            result, stop = trial(), time.perf_counter()  # before the last one is freed
-            seconds.append(stop - start)
-            reference = result if reference is None else reference
-            if not same_result(result, reference):
-                raise OSError(f"{name} differs from the first implementation's result")
-    return setup_seconds, seconds[args.num_warmups :], reference
+                print(f"{name}: pass {len(records)}", end="\r", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):  # it died before it led a group
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        if len(records) <= num_passes:
+            log.seek(0)
+            sys.exit(f"{log.read()}{name} failed: a process died, or raised the above")
+    return records
 
 
-def run_apart(name, *arguments):
-    """Return what measure returns, run in a process group, which is killed in the end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-    folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
-    with folder, concurrent.futures.ProcessPoolExecutor(1, SPAWN, os.setpgrp) as runner:
-        future = runner.submit(measure, folder.name, name, *arguments)
-        [driver] = multiprocessing.active_children()
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-            return future.result()
-        except concurrent.futures.BrokenExecutor as error:
-            raise ChildProcessError(f"{name}: a process died; run it again") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-            driver.kill()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(driver.pid, signal.SIGKILL)
+def compare(args, parameters):
+    """Print a table for every worker count and, with --json, a line for every row."""
+    names = [name for name in IMPLEMENTATIONS if name in args.implementations]
+    environment = {"python": platform.python_version(), "platform": platform.platform()}
+    environment["physical_cores"] = psutil.cpu_count(logical=False)
+    environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    facts = ", ".join(f"{k} {v}" for k, v in (parameters | environment).items())
+    table = sys.stderr if args.json else sys.stdout
+    table.reconfigure(errors="replace")  # not every encoding has the bars
+    if "ray" in names and JOINS_CLUSTER:
+        print("ray joins the cluster of RAY_ADDRESS; others run here", file=sys.stderr)
+    for num_cpus in args.num_cpus:
+        print(f"{TITLE} {num_cpus} workers, {args.num_trials} trials", file=table)
+        print(f"after {args.num_warmups} warm-ups, {facts}\n\n{HEADER}", file=table)
+        for name in names:
+            setup, *passes = run(name, num_cpus, args.num_warmups + args.num_trials)
+            seconds = [record["seconds"] for record in passes[args.num_warmups :]]
+            mean = statistics.mean(seconds)
+            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+            if name == names[0]:
+                first_mean = mean
+                first_digest = passes[0]["sha256"]
+            if {record["sha256"] for record in passes} != {first_digest}:
+                sys.exit(f"{name} gave another result than {names[0]}")
+            speedup = first_mean / mean
+            row = f"{name:21}{setup['setup_seconds']:8.2f}{mean:9.3f} ± {std:<6.3f}"
+            row += f"{min(seconds):8.3f} … {max(seconds):<7.3f}{speedup:6.2f}x "
+            row += "█" * min(round(3 / speedup), 6)
+            if std > 0.1 * mean:
+                row += "\n    ± is above 10% of the mean: raise --num-trials"
+            print(row, file=table, flush=True)
+            if args.json:
+                record = {"benchmark": os.path.basename(__file__).removesuffix(".py")}
+                record |= {"implementation": name, "num_cpus": num_cpus, **setup}
+                record |= {"trial_seconds": seconds, "mean_seconds": mean}
+                record |= {"std_seconds": std, "result_sha256": first_digest}
+                record |= {"speedup": speedup if names[0] == "serial" else None}
+                record |= {"parameters": parameters, "environment": environment}
+                print(json.dumps(record), flush=True)
+        print("All results agree.\n", file=table)
 
 
 def main():
-    """Run what the flags ask for; print a table per worker count, or JSON lines."""
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    cores = min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    physical = psutil.cpu_count(logical=False)  # None where it cannot be found out
+    cores = os.cpu_count() if physical is None else physical
+    if hasattr(os, "sched_getaffinity"):  # the cores this process may use; not on macOS
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
     add = parser.add_argument
-    add("--implementations", nargs="+", choices=NAMES, default=NAMES, help="to run")
-    add("--num-cpus", nargs="+", type=int, default=[cores], help="workers; a sweep")
-    add("--num-trials", type=int, default=5, help="timed trials")
-    add("--num-warmups", type=int, default=NUM_WARMUPS, help="untimed passes before")
+    names = list(IMPLEMENTATIONS)
+    add("--implementations", nargs="+", choices=names, default=names, help="to compare")
+    add("--num-cpus", nargs="+", type=int, default=[cores], help="workers")
+    add("--num-trials", type=int, default=5, help="timed passes")
+    add("--num-warmups", type=int, default=NUM_WARMUPS, help="passes before them")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--json", action="store_true", help="print JSON lines; tables go to stderr")
-    for k, v in SIZES.items():
-        add("--" + k.replace("_", "-"), type=type(v), default=v, help="of the workload")
-    args, table, stdout = parser.parse_args(), {}, sys.stdout
-    for name, value in [*vars(args).items(), *(("num_cpus", n) for n in args.num_cpus)]:
-        low, high = LIMITS.get(name, (1, 10**6))
-        if type(value) is int and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
-    if len({*args.implementations}) < len(args.implementations):
-        parser.error("--implementations names one twice")
-    environment = {"physical_cores": cores, "platform": " ".join(os.uname()[::2])}
-    environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    environment["python"] = sys.version.split()[0]
-    parameters = {name: getattr(args, name) for name in ["seed", *SIZES]}
-    details = ", ".join(f"{k} {v}" for k, v in {**parameters, **environment}.items())
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # after a kill
-    for number in STOP:
-        signal.signal(number, lambda *_: sys.exit(130))
-    multiprocessing.resource_tracker.ensure_running()  # which unblocks STOP, but once
-    sys.stdout = sys.stderr if args.json else stdout
-    for num_cpus in args.num_cpus:
-        print(f"{__doc__.splitlines()[0]} {num_cpus} workers, {args.num_trials} trials")
-        print(f"after {args.num_warmups} warm-ups, {details}\n", flush=True)
-        print(f"{'seconds':22} set-up       mean ± std        min … max  speedup")
-        reference, means = None, table.setdefault(num_cpus, {})
-        for name in sorted(args.implementations, key=NAMES.index):
-            setup, seconds, reference = run_apart(name, args, num_cpus, reference)
-            mean = means[name] = statistics.mean(seconds)
-            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-            speedup = means["serial"] / mean if "serial" in means else None
-            ends = min(seconds), max(seconds), f"{speedup:.2f}x" if speedup else ""
-            bar = "█" * round(5 * mean / next(iter(means.values())))
-            note = " varies over 10%: raise --num-trials" if std > 0.1 * mean else ""
-            print(ROW.format(name, setup, mean, std, *ends, bar + note), flush=True)
-            record = {"benchmark": SCRIPT, "implementation": name, "num_cpus": num_cpus}
-            record |= {"setup_seconds": setup, "trial_seconds": seconds}
-            record |= {"mean_seconds": mean, "std_seconds": std, "speedup": speedup}
-            record |= {"parameters": parameters, "environment": environment}
-            if args.json:
-                print(json.dumps(record), file=stdout, flush=True)
-        best, *others = sorted(means, key=means.get)
-        ratios = [f", {means[k] / means[best]:.2f}x as fast as {k}" for k in others]
-        print(f"Fastest: {best}", *ratios, ". All results agree.\n", sep="")
-    if len(table) > 1:
-        print("workers", *(f"{name:>21}" for name in means), " mean s; the work grows")
-        for num_cpus, means in table.items():
-            print(f"{num_cpus:7}", *(f"{mean:21.4f}" for mean in means.values()))
+    add("--script-pid", type=int, help=argparse.SUPPRESS)
+    for size, (default, meaning) in SIZES.items():
+        add("--" + size.replace("_", "-"), type=int, default=default, help=meaning)
+    args = parser.parse_args()
+    sizes = {size: getattr(args, size) for size in SIZES}
+    if min(args.num_trials, *args.num_cpus, *sizes.values()) < 1:
+        parser.error("workers, trials and sizes must be at least 1")
+    if min(args.num_warmups, args.seed) < 0:
+        parser.error("--num-warmups and --seed must not be negative")
+    parameters = {"seed": args.seed, **sizes}
+    if args.script_pid:
+        measure(args, parameters)
+    else:
+        # Ctrl-C or a closed pipe ends this process at once, and watch ends the rest.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        compare(args, parameters)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # as in `| head -1`
-        os._exit(1)
-    except (OSError, MemoryError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}")
+    main()

@@ -4,33 +4,27 @@
 # ///
 """Numerical data: filter one image with one random filter per worker.
 
-Each trial ships the image anew, as in a program where the next one has just arrived.
-
-  serial                 the filters one after the other, in this process
-  multiprocessing        Pool.map, which pickles the image once per filter
+  serial                 one filter after the other, in one process
+  multiprocessing        Pool.starmap, which pickles the image for every filter
   multiprocessing-tuned  the image in shared memory, which every worker maps once
-  ray                    ray.put stores the image once; every task maps it, uncopied
+  ray                    the image in Ray's object store, which every task maps
 
-Run: python numerical.py, or, with nothing installed but uv, uv run numerical.py.
-Timed: shipping the image, filtering, collecting the subsamples. Set-up is timed apart.
-Not timed: making the inputs, comparing the results.
+Run: python numerical.py (uv run numerical.py does it with nothing installed but uv).
+Timed: shipping the image, filtering, collecting the results. Set-up is timed apart.
 """
 
-import signal
-
-if __name__ == "__main__":  # heeded from main on, as imports cannot tidy up
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-
 import argparse
-import concurrent.futures
 import contextlib
-import functools
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing.resource_tracker
 import os
-import socket
+import platform
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -38,246 +32,251 @@ import time
 
 import numpy as np
 import psutil
-import scipy
+import scipy.signal
 
-PACKAGES = ["numpy", "psutil", "ray", "scipy"]
-SIZES = {"image_size": 3000, "filter_size": 4}  # pixels a side
+PACKAGES = ["numpy", "ray", "scipy"]
 NUM_WARMUPS = 5  # Ray's object store takes about five to reach its steady speed
-same_result = np.array_equal
+SIZES = {"image_size": (3000, "pixels a side"), "filter_size": (4, "pixels a side")}
 
 
-def make_inputs(args, num_cpus):
-    """Return a float64 image (size, size) and filters (num_cpus, k, k), all in [0, 1)."""
-    if 16 * args.image_size**2 > psutil.virtual_memory().available:
-        raise MemoryError("no memory for image and result: lower --image-size")
-    rng = np.random.default_rng(args.seed)
-    image = rng.random((args.image_size, args.image_size))
-    return image, rng.random((num_cpus, args.filter_size, args.filter_size))
+def make_inputs(num_cpus, seed, image_size, filter_size):
+    """Return a float64 image, and one float64 filter per worker as an array (N, k, k)."""
+    rng = np.random.default_rng(seed)
+    image = rng.random((image_size, image_size))
+    filters = rng.random((num_cpus, filter_size, filter_size))
+    return image, filters
 
 
 def filter_image(image, image_filter):
     """Convolve a float64 image with a filter; return every fifth pixel, both ways."""
-    # Contiguous: a strided view is copied into the pickle, and Ray could not map it.
-    return np.ascontiguousarray(scipy.signal.convolve2d(image, image_filter)[::5, ::5])
+    filtered = scipy.signal.convolve2d(image, image_filter)[::5, ::5]
+    # Ray maps a contiguous array; a strided view is pickled and copied.
+    return np.ascontiguousarray(filtered)
 
 
-# ---- serial ----
-def run_serial(image, filters):
+def digest(result):
+    """Return the sha256, in hexadecimal, of a list of arrays of equal shape."""
+    return hashlib.sha256(np.stack(result).tobytes()).hexdigest()
+
+
+def set_up_serial(image, filters):
     def trial():
-        return [filter_image(image, image_filter) for image_filter in filters]
+        return [filter_image(image, f) for f in filters]
 
-    yield trial
-
-
-# ---- multiprocessing ----
-def run_multiprocessing(image, filters):
-    with start_pool(len(filters)) as pool:
-
-        def trial():
-            return pool.map(functools.partial(filter_image, image), filters)
-
-        yield trial
+    return trial
 
 
-# ---- multiprocessing-tuned ----
-def map_image(ready, block, shape):
+def set_up_multiprocessing(image, filters):
+    pool = start_pool(len(filters))
+
+    def trial():
+        return pool.starmap(filter_image, [(image, f) for f in filters])
+
+    return trial
+
+
+def map_image(block, shape):
+    """Make the shared image known to a worker, once, when the worker starts."""
     global shared_image
     shared_image = np.frombuffer(block).reshape(shape)
-    ready.wait()
 
 
 def filter_shared_image(image_filter):
     return filter_image(shared_image, image_filter)
 
 
-def run_multiprocessing_tuned(image, filters):
-    block = multiprocessing.RawArray("d", image.size)  # nameless: nothing can be left
-    shared_image = np.frombuffer(block).reshape(image.shape)
-    with start_pool(len(filters), map_image, block, image.shape) as pool:
+def set_up_multiprocessing_tuned(image, filters):
+    block = multiprocessing.RawArray("d", image.size)
+    block_image = np.frombuffer(block).reshape(image.shape)
+    pool = start_pool(len(filters), map_image, (block, image.shape))
 
-        def trial():
-            shared_image[:] = image
-            return pool.map(filter_shared_image, filters)
+    def trial():
+        block_image[:] = image
+        return pool.map(filter_shared_image, filters)
 
-        yield trial
-
-
-# ---- ray ----
-def run_ray(image, filters):
-    with start_ray(len(filters)) as ray:
-        if image.nbytes > ray.cluster_resources()["object_store_memory"]:
-            raise MemoryError("no room in Ray's object store: lower --image-size")
-        filter_task = ray.remote(scheduling_strategy="SPREAD")(filter_image)
-
-        def trial():
-            image_ref = ray.put(image)
-            return ray.get([filter_task.remote(image_ref, f) for f in filters])
-
-        yield trial
+    return trial
 
 
-# ---- timing and reporting: the same, letter for letter, in the three benchmarks ----
-SCRIPT, ALIVE = os.path.basename(__file__).removesuffix(".py"), set()
-NAMES = ["serial", "multiprocessing", "multiprocessing-tuned", "ray"]
-RUNS = [run_serial, run_multiprocessing, run_multiprocessing_tuned, run_ray]
-LIMITS = {"num_cpus": (1, 1024), "num_warmups": (0, 10**6), "seed": (0, 10**6)}
-ROW = "{:22}{:7.2f}{:9.4f} ± {:.4f}{:9.4f} … {:.4f}{:>8}  {}"
-SPAWN, STOP = multiprocessing.get_context("spawn"), [signal.SIGINT, signal.SIGTERM]
+def set_up_ray(image, filters):
+    ray = start_ray(len(filters))
+    filter_task = ray.remote(filter_image)
+
+    def trial():
+        image_ref = ray.put(image)
+        return ray.get([filter_task.remote(image_ref, f) for f in filters])
+
+    return trial
 
 
-def start_pool(num_cpus, prepare=None, *initargs):
-    """Return a Pool whose workers are up: `prepare` is given a barrier to wait at."""
-    ready = SPAWN.Barrier(num_cpus + 1)
-    pool = SPAWN.Pool(num_cpus, prepare or type(ready).wait, (ready, *initargs))
-    ready.wait()
+IMPLEMENTATIONS = {
+    "serial": set_up_serial,
+    "multiprocessing": set_up_multiprocessing,
+    "multiprocessing-tuned": set_up_multiprocessing_tuned,
+    "ray": set_up_ray,
+}
+
+
+# ---- From here on the same in the three scripts: start workers, measure, report ----
+TITLE = __doc__.splitlines()[0]
+HEADER = "seconds                set-up     mean ± std      min … max     speedup"
+JOINS_CLUSTER = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def start_pool(num_cpus, initializer=None, initargs=()):
+    """Return a multiprocessing.Pool that has answered a call."""
+    pool = multiprocessing.get_context("spawn").Pool(num_cpus, initializer, initargs)
+    pool.map(abs, range(num_cpus))
     return pool
 
 
-@contextlib.contextmanager
 def start_ray(num_cpus):
-    """Yield ray, joined to the cluster of RAY_ADDRESS or `ray start`, or started here."""
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` hangs
+    """Return the ray module, after it joined a cluster or started Ray on this machine."""
+    # Workers shall have this script's packages under `uv run`, and stay in its group.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "0")
     import ray
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack it
-    options = {"num_cpus": num_cpus, "include_dashboard": False}
-    options["_system_config"] = {"process_group_cleanup_enabled": False}  # one group
-    options["_temp_dir"] = tempfile.gettempdir()
-    address = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
-    if address:  # ray.init would try it for minutes, though nothing answers
-        sys.stderr.write(f"only ray joins {address} (or unset RAY_ADDRESS, ray stop)\n")
-        socket.create_connection(address.rpartition(":")[::2], 9).close()
-        options = {"address": address}
+    if JOINS_CLUSTER:
+        ray.init()
+    else:
+        ray.init("local", num_cpus=num_cpus, include_dashboard=False)
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if num_cpus > cpus:
+        sys.exit(f"Ray has {cpus} CPUs for {num_cpus} workers: lower --num-cpus")
+    return ray
+
+
+def watch(script_pid):
+    """Kill this process group once the script, or any worker of a Pool, is dead."""
+    workers = set()
+    while os.getppid() == script_pid and all(w.is_alive() for w in workers):
+        workers.update(multiprocessing.active_children())
+        time.sleep(0.1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def measure(args, parameters):
+    """Run one implementation; print a JSON line for its set-up and for every pass."""
+    # Ray writes to stdout, too, so the results keep a descriptor to themselves.
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    # The tracker frees a killed Pool's semaphores: it must outlive group and terminal.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    multiprocessing.resource_tracker.ensure_running()
+    os.setpgrp()
+    threading.Thread(target=watch, args=[args.script_pid], daemon=True).start()
     try:
-        ray.init(logging_level="error", log_to_driver=False, **options)
-        node, has = ray._private.worker._global_node, ray.cluster_resources
-        cpus = int(has()["CPU"])
-        if cpus < num_cpus:
-            raise OSError(f"{num_cpus} workers, but Ray has only {cpus} CPUs")
-        ALIVE.add(lambda: not node.dead_processes() and has().get("CPU", 0) >= num_cpus)
-        sys.stderr = os.fdopen(os.dup(2), "w", 1)  # apart from Ray's C++ lines
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        yield ray  # which ends with this process
-    except ray.exceptions.RayError as error:
-        lost = OSError(f"ray failed, with its state: {str(error).splitlines()[-1]}")
-        raise getattr(error, "cause", lost) from error
+        inputs = make_inputs(args.num_cpus[0], **parameters)
+        start = time.perf_counter()
+        trial = IMPLEMENTATIONS[args.implementations[0]](*inputs)
+        print(json.dumps({"setup_seconds": time.perf_counter() - start}), file=results)
+    except SystemExit as mistake:
+        print(json.dumps({"mistake": str(mistake)}), file=results)
+        raise
+    for _ in range(args.num_warmups + args.num_trials):
+        start = time.perf_counter()
+        result = trial()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "sha256": digest(result)}), file=results)
 
 
-def measure(folder, name, args, num_cpus, reference):
-    """Return set-up seconds, the trials' seconds, and the result that all passes gave."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-    tempfile.tempdir, over = folder, threading.Event()
-
-    def watch():  # as Pool.map would wait for ever for a worker that died
-        while not over.wait(0.5):
-            ALIVE.update(p.is_alive for p in multiprocessing.active_children())
-            if not all(is_alive() for is_alive in ALIVE):
-                os.killpg(0, signal.SIGKILL)
-
-    ALIVE.add(multiprocessing.parent_process().is_alive)
-    threading.Thread(target=watch, daemon=True).start()
-    data, run = make_inputs(args, num_cpus), RUNS[NAMES.index(name)]
-    start, seconds = time.perf_counter(), []
-    with contextlib.contextmanager(run)(*data) as trial, contextlib.ExitStack() as end:
-        end.callback(over.set)
-        setup_seconds = time.perf_counter() - start
-        for number in range(args.num_warmups + args.num_trials):
+def run(name, num_cpus, num_passes):
+    """Measure an implementation in a child process; return the child's JSON lines."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--implementations", name]
+    command += ["--num-cpus", str(num_cpus), "--script-pid", str(os.getpid())]
+    records = []
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        for line in itertools.islice(child.stdout, 1 + num_passes):
+            records.append(json.loads(line))
+            if "mistake" in records[-1]:
+                sys.exit(f"{name}: {records[-1]['mistake']}")
             if sys.stderr.isatty():
-                print(f"{name}: pass {number + 1}\033[K", end="\r", file=sys.stderr)
-            start = time.perf_counter()
-            result, stop = trial(), time.perf_counter()  # before the last one is freed
-            seconds.append(stop - start)
-            reference = result if reference is None else reference
-            if not same_result(result, reference):
-                raise OSError(f"{name} differs from the first implementation's result")
-    return setup_seconds, seconds[args.num_warmups :], reference
+                print(f"{name}: pass {len(records)}", end="\r", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):  # it died before it led a group
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        if len(records) <= num_passes:
+            log.seek(0)
+            sys.exit(f"{log.read()}{name} failed: a process died, or raised the above")
+    return records
 
 
-def run_apart(name, *arguments):
-    """Return what measure returns, run in a process group, which is killed in the end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-    folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
-    with folder, concurrent.futures.ProcessPoolExecutor(1, SPAWN, os.setpgrp) as runner:
-        future = runner.submit(measure, folder.name, name, *arguments)
-        [driver] = multiprocessing.active_children()
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-            return future.result()
-        except concurrent.futures.BrokenExecutor as error:
-            raise ChildProcessError(f"{name}: a process died; run it again") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
-            driver.kill()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(driver.pid, signal.SIGKILL)
+def compare(args, parameters):
+    """Print a table for every worker count and, with --json, a line for every row."""
+    names = [name for name in IMPLEMENTATIONS if name in args.implementations]
+    environment = {"python": platform.python_version(), "platform": platform.platform()}
+    environment["physical_cores"] = psutil.cpu_count(logical=False)
+    environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    facts = ", ".join(f"{k} {v}" for k, v in (parameters | environment).items())
+    table = sys.stderr if args.json else sys.stdout
+    table.reconfigure(errors="replace")  # not every encoding has the bars
+    if "ray" in names and JOINS_CLUSTER:
+        print("ray joins the cluster of RAY_ADDRESS; others run here", file=sys.stderr)
+    for num_cpus in args.num_cpus:
+        print(f"{TITLE} {num_cpus} workers, {args.num_trials} trials", file=table)
+        print(f"after {args.num_warmups} warm-ups, {facts}\n\n{HEADER}", file=table)
+        for name in names:
+            setup, *passes = run(name, num_cpus, args.num_warmups + args.num_trials)
+            seconds = [record["seconds"] for record in passes[args.num_warmups :]]
+            mean = statistics.mean(seconds)
+            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+            if name == names[0]:
+                first_mean = mean
+                first_digest = passes[0]["sha256"]
+            if {record["sha256"] for record in passes} != {first_digest}:
+                sys.exit(f"{name} gave another result than {names[0]}")
+            speedup = first_mean / mean
+            row = f"{name:21}{setup['setup_seconds']:8.2f}{mean:9.3f} ± {std:<6.3f}"
+            row += f"{min(seconds):8.3f} … {max(seconds):<7.3f}{speedup:6.2f}x "
+            row += "█" * min(round(3 / speedup), 6)
+            if std > 0.1 * mean:
+                row += "\n    ± is above 10% of the mean: raise --num-trials"
+            print(row, file=table, flush=True)
+            if args.json:
+                record = {"benchmark": os.path.basename(__file__).removesuffix(".py")}
+                record |= {"implementation": name, "num_cpus": num_cpus, **setup}
+                record |= {"trial_seconds": seconds, "mean_seconds": mean}
+                record |= {"std_seconds": std, "result_sha256": first_digest}
+                record |= {"speedup": speedup if names[0] == "serial" else None}
+                record |= {"parameters": parameters, "environment": environment}
+                print(json.dumps(record), flush=True)
+        print("All results agree.\n", file=table)
 
 
 def main():
-    """Run what the flags ask for; print a table per worker count, or JSON lines."""
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    cores = min(len(allowed), psutil.cpu_count(logical=False) or len(allowed))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: error: {message}\n")
+    physical = psutil.cpu_count(logical=False)  # None where it cannot be found out
+    cores = os.cpu_count() if physical is None else physical
+    if hasattr(os, "sched_getaffinity"):  # the cores this process may use; not on macOS
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
     add = parser.add_argument
-    add("--implementations", nargs="+", choices=NAMES, default=NAMES, help="to run")
-    add("--num-cpus", nargs="+", type=int, default=[cores], help="workers; a sweep")
-    add("--num-trials", type=int, default=5, help="timed trials")
-    add("--num-warmups", type=int, default=NUM_WARMUPS, help="untimed passes before")
+    names = list(IMPLEMENTATIONS)
+    add("--implementations", nargs="+", choices=names, default=names, help="to compare")
+    add("--num-cpus", nargs="+", type=int, default=[cores], help="workers")
+    add("--num-trials", type=int, default=5, help="timed passes")
+    add("--num-warmups", type=int, default=NUM_WARMUPS, help="passes before them")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--json", action="store_true", help="print JSON lines; tables go to stderr")
-    for k, v in SIZES.items():
-        add("--" + k.replace("_", "-"), type=type(v), default=v, help="of the workload")
-    args, table, stdout = parser.parse_args(), {}, sys.stdout
-    for name, value in [*vars(args).items(), *(("num_cpus", n) for n in args.num_cpus)]:
-        low, high = LIMITS.get(name, (1, 10**6))
-        if type(value) is int and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
-    if len({*args.implementations}) < len(args.implementations):
-        parser.error("--implementations names one twice")
-    environment = {"physical_cores": cores, "platform": " ".join(os.uname()[::2])}
-    environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    environment["python"] = sys.version.split()[0]
-    parameters = {name: getattr(args, name) for name in ["seed", *SIZES]}
-    details = ", ".join(f"{k} {v}" for k, v in {**parameters, **environment}.items())
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # after a kill
-    for number in STOP:
-        signal.signal(number, lambda *_: sys.exit(130))
-    multiprocessing.resource_tracker.ensure_running()  # which unblocks STOP, but once
-    sys.stdout = sys.stderr if args.json else stdout
-    for num_cpus in args.num_cpus:
-        print(f"{__doc__.splitlines()[0]} {num_cpus} workers, {args.num_trials} trials")
-        print(f"after {args.num_warmups} warm-ups, {details}\n", flush=True)
-        print(f"{'seconds':22} set-up       mean ± std        min … max  speedup")
-        reference, means = None, table.setdefault(num_cpus, {})
-        for name in sorted(args.implementations, key=NAMES.index):
-            setup, seconds, reference = run_apart(name, args, num_cpus, reference)
-            mean = means[name] = statistics.mean(seconds)
-            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-            speedup = means["serial"] / mean if "serial" in means else None
-            ends = min(seconds), max(seconds), f"{speedup:.2f}x" if speedup else ""
-            bar = "█" * round(5 * mean / next(iter(means.values())))
-            note = " varies over 10%: raise --num-trials" if std > 0.1 * mean else ""
-            print(ROW.format(name, setup, mean, std, *ends, bar + note), flush=True)
-            record = {"benchmark": SCRIPT, "implementation": name, "num_cpus": num_cpus}
-            record |= {"setup_seconds": setup, "trial_seconds": seconds}
-            record |= {"mean_seconds": mean, "std_seconds": std, "speedup": speedup}
-            record |= {"parameters": parameters, "environment": environment}
-            if args.json:
-                print(json.dumps(record), file=stdout, flush=True)
-        best, *others = sorted(means, key=means.get)
-        ratios = [f", {means[k] / means[best]:.2f}x as fast as {k}" for k in others]
-        print(f"Fastest: {best}", *ratios, ". All results agree.\n", sep="")
-    if len(table) > 1:
-        print("workers", *(f"{name:>21}" for name in means), " mean s; the work grows")
-        for num_cpus, means in table.items():
-            print(f"{num_cpus:7}", *(f"{mean:21.4f}" for mean in means.values()))
+    add("--script-pid", type=int, help=argparse.SUPPRESS)
+    for size, (default, meaning) in SIZES.items():
+        add("--" + size.replace("_", "-"), type=int, default=default, help=meaning)
+    args = parser.parse_args()
+    sizes = {size: getattr(args, size) for size in SIZES}
+    if min(args.num_trials, *args.num_cpus, *sizes.values()) < 1:
+        parser.error("workers, trials and sizes must be at least 1")
+    if min(args.num_warmups, args.seed) < 0:
+        parser.error("--num-warmups and --seed must not be negative")
+    parameters = {"seed": args.seed, **sizes}
+    if args.script_pid:
+        measure(args, parameters)
+    else:
+        # Ctrl-C or a closed pipe ends this process at once, and watch ends the rest.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        compare(args, parameters)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # as in `| head -1`
-        os._exit(1)
-    except (OSError, MemoryError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}")
+    main()

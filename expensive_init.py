@@ -44,7 +44,7 @@ def make_inputs(num_cpus, seed, num_batches, batch_size):
 
     A batch is a tuple (start, stop): the images from start to stop - 1.
     """
-    folder = os.getcwd()  # an absolute path, which all nodes of a cluster understand
+    folder = os.getcwd()  # on a cluster, all nodes need the files in the same folder
     for name in ["model.keras", "images.npy"]:
         if not os.path.exists(os.path.join(folder, name)):
             sys.exit(f"{name} is not in this folder: run save_model.py first")
@@ -56,12 +56,13 @@ def make_inputs(num_cpus, seed, num_batches, batch_size):
 
 
 def import_tensorflow(num_threads=1):
-    """Import TensorFlow for num_threads threads (0: one per core), and return it."""
+    """Import TensorFlow with num_threads threads (0: it decides), and return it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or each process claims every GPU
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ["TF_USE_LEGACY_KERAS"] = "0"
     import tensorflow as tf
 
+    # Once TensorFlow runs, it accepts no other number.
     tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     tf.config.threading.set_inter_op_parallelism_threads(num_threads)
     return tf
@@ -154,12 +155,12 @@ IMPLEMENTATIONS = {
 
 # ---- From here on the same in the three scripts: start workers, measure, report ----
 TITLE = __doc__.splitlines()[0]
-HEADER = "seconds                set-up     mean ± std      min … max     speedup"
+HEADER = "times in seconds       set-up     mean ± std      min … max     speedup"
 JOINS_CLUSTER = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def start_pool(num_cpus, initializer=None, initargs=()):
-    """Return a multiprocessing.Pool that has answered a call."""
+    """Return a Pool that has answered a call; its process ends, so nobody closes it."""
     pool = multiprocessing.get_context("spawn").Pool(num_cpus, initializer, initargs)
     pool.map(abs, range(num_cpus))
     return pool
@@ -192,11 +193,11 @@ def watch(script_pid):
 
 
 def measure(args, parameters):
-    """Run one implementation; print a JSON line for its set-up and for every pass."""
+    """Run the one implementation in args; print a JSON line for set-up and each pass."""
     # Ray writes to stdout, too, so the results keep a descriptor to themselves.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # The tracker frees a killed Pool's semaphores: it must outlive group and terminal.
+    # Outside the group and deaf to SIGHUP, the tracker frees a killed Pool's semaphores.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     multiprocessing.resource_tracker.ensure_running()
     os.setpgrp()
@@ -254,13 +255,13 @@ def compare(args, parameters):
         print(f"after {args.num_warmups} warm-ups, {facts}\n\n{HEADER}", file=table)
         for name in names:
             setup, *passes = run(name, num_cpus, args.num_warmups + args.num_trials)
-            seconds = [record["seconds"] for record in passes[args.num_warmups :]]
+            seconds = [each["seconds"] for each in passes[args.num_warmups :]]
             mean = statistics.mean(seconds)
             std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
             if name == names[0]:
                 first_mean = mean
                 first_digest = passes[0]["sha256"]
-            if {record["sha256"] for record in passes} != {first_digest}:
+            if {each["sha256"] for each in passes} != {first_digest}:
                 sys.exit(f"{name} gave another result than {names[0]}")
             speedup = first_mean / mean
             row = f"{name:21}{setup['setup_seconds']:8.2f}{mean:9.3f} ± {std:<6.3f}"
@@ -283,7 +284,7 @@ def compare(args, parameters):
 def main():
     physical = psutil.cpu_count(logical=False)  # None where it cannot be found out
     cores = os.cpu_count() if physical is None else physical
-    if hasattr(os, "sched_getaffinity"):  # the cores this process may use; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
         cores = min(cores, len(os.sched_getaffinity(0)))
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)

@@ -75,8 +75,8 @@ def set_up_multiprocessing(image, filters):
     return trial
 
 
-def map_image(block, shape):
-    """Make the shared image known to a worker, once, when the worker starts."""
+def keep_image(block, shape):
+    """Keep the shared image for all calls to a worker, which runs this as it starts."""
     global shared_image
     shared_image = np.frombuffer(block).reshape(shape)
 
@@ -88,7 +88,7 @@ def filter_shared_image(image_filter):
 def set_up_multiprocessing_tuned(image, filters):
     block = multiprocessing.RawArray("d", image.size)
     block_image = np.frombuffer(block).reshape(image.shape)
-    pool = start_pool(len(filters), map_image, (block, image.shape))
+    pool = start_pool(len(filters), keep_image, (block, image.shape))
 
     def trial():
         block_image[:] = image
@@ -118,12 +118,12 @@ IMPLEMENTATIONS = {
 
 # ---- From here on the same in the three scripts: start workers, measure, report ----
 TITLE = __doc__.splitlines()[0]
-HEADER = "seconds                set-up     mean ± std      min … max     speedup"
+HEADER = "times in seconds       set-up     mean ± std      min … max     speedup"
 JOINS_CLUSTER = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def start_pool(num_cpus, initializer=None, initargs=()):
-    """Return a multiprocessing.Pool that has answered a call."""
+    """Return a Pool that has answered a call; its process ends, so nobody closes it."""
     pool = multiprocessing.get_context("spawn").Pool(num_cpus, initializer, initargs)
     pool.map(abs, range(num_cpus))
     return pool
@@ -156,11 +156,11 @@ def watch(script_pid):
 
 
 def measure(args, parameters):
-    """Run one implementation; print a JSON line for its set-up and for every pass."""
+    """Run the one implementation in args; print a JSON line for set-up and each pass."""
     # Ray writes to stdout, too, so the results keep a descriptor to themselves.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # The tracker frees a killed Pool's semaphores: it must outlive group and terminal.
+    # Outside the group and deaf to SIGHUP, the tracker frees a killed Pool's semaphores.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     multiprocessing.resource_tracker.ensure_running()
     os.setpgrp()
@@ -218,13 +218,13 @@ def compare(args, parameters):
         print(f"after {args.num_warmups} warm-ups, {facts}\n\n{HEADER}", file=table)
         for name in names:
             setup, *passes = run(name, num_cpus, args.num_warmups + args.num_trials)
-            seconds = [record["seconds"] for record in passes[args.num_warmups :]]
+            seconds = [each["seconds"] for each in passes[args.num_warmups :]]
             mean = statistics.mean(seconds)
             std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
             if name == names[0]:
                 first_mean = mean
                 first_digest = passes[0]["sha256"]
-            if {record["sha256"] for record in passes} != {first_digest}:
+            if {each["sha256"] for each in passes} != {first_digest}:
                 sys.exit(f"{name} gave another result than {names[0]}")
             speedup = first_mean / mean
             row = f"{name:21}{setup['setup_seconds']:8.2f}{mean:9.3f} ± {std:<6.3f}"
@@ -247,7 +247,7 @@ def compare(args, parameters):
 def main():
     physical = psutil.cpu_count(logical=False)  # None where it cannot be found out
     cores = os.cpu_count() if physical is None else physical
-    if hasattr(os, "sched_getaffinity"):  # the cores this process may use; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
         cores = min(cores, len(os.sched_getaffinity(0)))
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)

@@ -4,8 +4,6 @@
 # ///
 """Stateful computation: find the popular prefixes in a stream of documents.
 
-Every proper prefix of every word is counted; one seen more than 3 times is popular.
-
   serial                 one counter, in one process
   multiprocessing        Pool.starmap: all counts travel into every call and out again
   multiprocessing-tuned  a Pool of one process per worker, which keeps its counts
@@ -56,17 +54,17 @@ def make_inputs(num_cpus, seed, num_documents, words_per_document, word_length):
     return batches, num_cpus
 
 
-def route(batches, workers):
-    """Yield (worker, words); the first byte decides, so no two workers share a prefix."""
+def route(batches, targets):
+    """Yield (target, words); the first byte decides, so no two targets share a prefix."""
     for batch in batches:
-        shares = [[] for _ in workers]
+        shares = [[] for _ in targets]
         for word in itertools.chain(*batch):
-            shares[word[0] % len(workers)].append(word)
-        yield from zip(workers, shares)
+            shares[word[0] % len(targets)].append(word)
+        yield from zip(targets, shares)
 
 
 class PrefixCounter:
-    """Counts of the proper prefixes of all words that were added."""
+    """Counts of all proper prefixes (b"a" and b"ab" of b"abc") of the words added."""
 
     def __init__(self, counts=()):
         self.counts = collections.Counter(counts)
@@ -75,7 +73,7 @@ class PrefixCounter:
         self.counts.update(word[:end] for word in words for end in range(1, len(word)))
 
     def pop_popular(self):
-        """Return the set of popular prefixes, and forget all counts."""
+        """Return the set of prefixes seen more than 3 times, and forget all counts."""
         popular = {prefix for prefix, count in self.counts.items() if count > 3}
         self.counts.clear()
         return popular
@@ -119,20 +117,22 @@ def set_up_multiprocessing(batches, num_cpus):
 worker_counter = PrefixCounter()  # every process has its own
 
 
-def call_counter(method, *arguments):
-    return getattr(worker_counter, method)(*arguments)
+def worker_add(words):
+    worker_counter.add(words)
+
+
+def worker_pop_popular():
+    return worker_counter.pop_popular()
 
 
 def set_up_multiprocessing_tuned(batches, num_cpus):
     pools = [start_pool(1) for _ in range(num_cpus)]
 
     def trial():
-        calls = []
-        for pool, words in route(batches, pools):
-            calls.append(pool.apply_async(call_counter, ["add", words]))
-        for call in calls:
-            call.get()  # raises what the call raised
-        pops = [pool.apply_async(call_counter, ["pop_popular"]) for pool in pools]
+        adds = [pool.apply_async(worker_add, [w]) for pool, w in route(batches, pools)]
+        for add in adds:
+            add.get()  # raises what the call raised
+        pops = [pool.apply_async(worker_pop_popular) for pool in pools]
         return set().union(*[pop.get() for pop in pops])
 
     return trial
@@ -142,7 +142,7 @@ def set_up_ray(batches, num_cpus):
     ray = start_ray(num_cpus)
     actor_class = ray.remote(num_cpus=1)(PrefixCounter)
     actors = [actor_class.remote() for _ in range(num_cpus)]
-    ray.get([actor.pop_popular.remote() for actor in actors])
+    ray.get([actor.__ray_ready__.remote() for actor in actors])
 
     def trial():
         ray.get([actor.add.remote(words) for actor, words in route(batches, actors)])
@@ -161,12 +161,12 @@ IMPLEMENTATIONS = {
 
 # ---- From here on the same in the three scripts: start workers, measure, report ----
 TITLE = __doc__.splitlines()[0]
-HEADER = "seconds                set-up     mean ± std      min … max     speedup"
+HEADER = "times in seconds       set-up     mean ± std      min … max     speedup"
 JOINS_CLUSTER = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def start_pool(num_cpus, initializer=None, initargs=()):
-    """Return a multiprocessing.Pool that has answered a call."""
+    """Return a Pool that has answered a call; its process ends, so nobody closes it."""
     pool = multiprocessing.get_context("spawn").Pool(num_cpus, initializer, initargs)
     pool.map(abs, range(num_cpus))
     return pool
@@ -199,11 +199,11 @@ def watch(script_pid):
 
 
 def measure(args, parameters):
-    """Run one implementation; print a JSON line for its set-up and for every pass."""
+    """Run the one implementation in args; print a JSON line for set-up and each pass."""
     # Ray writes to stdout, too, so the results keep a descriptor to themselves.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # The tracker frees a killed Pool's semaphores: it must outlive group and terminal.
+    # Outside the group and deaf to SIGHUP, the tracker frees a killed Pool's semaphores.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     multiprocessing.resource_tracker.ensure_running()
     os.setpgrp()
@@ -261,13 +261,13 @@ def compare(args, parameters):
         print(f"after {args.num_warmups} warm-ups, {facts}\n\n{HEADER}", file=table)
         for name in names:
             setup, *passes = run(name, num_cpus, args.num_warmups + args.num_trials)
-            seconds = [record["seconds"] for record in passes[args.num_warmups :]]
+            seconds = [each["seconds"] for each in passes[args.num_warmups :]]
             mean = statistics.mean(seconds)
             std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
             if name == names[0]:
                 first_mean = mean
                 first_digest = passes[0]["sha256"]
-            if {record["sha256"] for record in passes} != {first_digest}:
+            if {each["sha256"] for each in passes} != {first_digest}:
                 sys.exit(f"{name} gave another result than {names[0]}")
             speedup = first_mean / mean
             row = f"{name:21}{setup['setup_seconds']:8.2f}{mean:9.3f} ± {std:<6.3f}"
@@ -290,7 +290,7 @@ def compare(args, parameters):
 def main():
     physical = psutil.cpu_count(logical=False)  # None where it cannot be found out
     cores = os.cpu_count() if physical is None else physical
-    if hasattr(os, "sched_getaffinity"):  # the cores this process may use; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
         cores = min(cores, len(os.sched_getaffinity(0)))
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)

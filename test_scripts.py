@@ -189,7 +189,7 @@ def test_everything_ends(name, victim, number, status):
         assert semaphores
     {"worker": workers[0], "script": process}[victim].send_signal(number)
     _, error = finish(process, status)
-    assert error[:22] == ("multiprocessing failed" if victim == "worker" else "")
+    assert error.partition(" failed: ")[0] == (name if victim == "worker" else "")
     assert psutil.wait_procs(family, timeout=20)[1] == []
     assert not any(os.path.exists(path) for path in semaphores)
 

@@ -9,7 +9,6 @@ import pathlib
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -197,19 +196,20 @@ def test_everything_ends(name, victim, number, status):
 @pytest.fixture
 def cluster(monkeypatch):
     """Start two nodes, of 2 CPUs and of 1, behind a token; set RAY_ADDRESS."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
-    head = f"--head --port {port} --num-cpus 2 --temp-dir {folder.name}"
-    nodes = []
+    command = "-m ray.scripts.scripts start --block"
+    head = f"--head --port 0 --num-cpus 2 --temp-dir {folder.name}"
+    nodes = [start(f"{command} {head}")]
     try:
-        for flags in [head, f"--address 127.0.0.1:{port} --num-cpus 1"]:
-            nodes.append(start(f"-m ray.scripts.scripts start --block {flags}"))
-            assert any("Ray runtime started" in line for line in nodes[-1].stdout)
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        for line in nodes[0].stdout:
+            found = re.search(r"ray start --address='(.+)'", line)
+            if found:
+                break
+        monkeypatch.setenv("RAY_ADDRESS", found[1])
+        nodes.append(start(f"{command} --address {found[1]} --num-cpus 1"))
+        assert any("Ray runtime started" in line for line in nodes[1].stdout)
         yield nodes
     finally:
         for node in reversed(nodes):

@@ -151,9 +151,8 @@ def start_busy(arguments, cwd=HERE):
         workers = []
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it may have ended
-                words = " ".join(child.cmdline())
-                busy = child.cpu_times().user > 0.5
-                if busy and re.search(r"spawn_main|^ray::[A-Za-z]+[_.]", words):
+                fits = re.search(PATTERN, " ".join(child.cmdline()))
+                if fits and child.cpu_times().user > 0.5:
                     workers.append(child)
     return process, workers
 
@@ -189,7 +188,8 @@ def test_everything_ends(name, victim, number, status, pattern):
     {"worker": workers[0], "script": process}[victim].send_signal(number)
     _, error = finish(process, status)
     assert re.fullmatch(pattern, error, re.DOTALL)
-    assert psutil.wait_procs(family, timeout=20)[1] == []
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert all(each.status() == psutil.STATUS_ZOMBIE for each in alive)
     assert not any(os.path.exists(path) for path in semaphores)
 
 

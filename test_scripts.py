@@ -151,7 +151,7 @@ def start_busy(arguments, cwd=HERE):
         workers = []
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it may have ended
-                fits = re.search(PATTERN, " ".join(child.cmdline()))
+                fits = re.search(r"spawn_main|ray::\w+[_.]", " ".join(child.cmdline()))
                 if fits and child.cpu_times().user > 0.5:
                     workers.append(child)
     return process, workers

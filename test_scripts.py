@@ -175,7 +175,7 @@ KILLED = [
 
 @pytest.mark.parametrize(("name", "victim", "number", "status", "pattern"), KILLED)
 def test_everything_ends(name, victim, number, status, pattern):
-    process, workers = start_busy(f"numerical.py --impl {name} --num-trials 1000")
+    process, workers = start_busy(f"numerical.py --impl {name} --filter-size 40")
     family = psutil.Process(process.pid).children(recursive=True)
     semaphores = []
     if psutil.LINUX and name == "multiprocessing":
@@ -188,7 +188,7 @@ def test_everything_ends(name, victim, number, status, pattern):
     {"worker": workers[0], "script": process}[victim].send_signal(number)
     _, error = finish(process, status)
     assert re.fullmatch(pattern, error, re.DOTALL)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=10)
     assert all(each.status() == psutil.STATUS_ZOMBIE for each in alive)
     assert not any(os.path.exists(path) for path in semaphores)
 

@@ -2,16 +2,16 @@
 # requires-python = ">=3.10,<3.14"
 # dependencies = ["numpy>=1.26,<3", "psutil>=5.9", "ray>=2.60,<3", "tensorflow>=2.18,<3"]
 # ///
+# SPDX-License-Identifier: MIT-0
 """Expensive initialization: classify images with a model that takes long to load.
 
-  serial                 loads once, in one process; TensorFlow uses every core
+  serial                 loads once; TensorFlow uses every core
   multiprocessing        Pool.starmap, which loads in every call
   multiprocessing-tuned  a Pool whose initializer loads, once per worker
   ray                    an actor per worker, which loads when it starts
 
 Run: python save_model.py && python expensive_init.py (or uv run, with nothing but uv).
-Timed: sending the places of the batches, classifying, collecting the labels. Set-up,
-which is starting workers, importing TensorFlow and loading once, is timed apart.
+Timed in a pass: sending the places of the batches, classifying, collecting the labels.
 """
 
 import argparse
@@ -20,48 +20,65 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import multiprocessing.resource_tracker
+import multiprocessing
 import os
 import platform
+import random
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 import numpy as np
 import psutil
 
-PACKAGES = ["keras", "numpy", "ray", "tensorflow"]
-NUM_WARMUPS = 1
-SIZES = {"num_batches": (20, "batches per worker"), "batch_size": (1000, "images")}
+PACKAGES = ["keras", "keras-nightly", "numpy", "ray", "tensorflow", "tensorflow-cpu"]
+spawn = multiprocessing.get_context("spawn")
 
 
-def make_inputs(num_cpus, seed, num_batches, batch_size):
-    """Return the folder of model and images, num_cpus, and the batches to classify.
+def add_arguments(add):
+    add("--num-batches", type=positive, default=20, help="batches per worker")
+    add("--batch-size", type=positive, default=1000, help="images")
+    add("--num-warmups", type=positive, default=1, help="passes before the trials")
 
-    A batch is a tuple (start, stop): the images from start to stop - 1.
+
+def make_inputs(args, num_cpus):
+    """Return the folder of model and images, and where the batches start in the images.
+
+    The batches are tuples (start, stop). Exits if there is no model, or too few images.
     """
-    folder = os.getcwd()  # on a cluster, all nodes need the files in the same folder
+    folder = os.getcwd()  # an absolute path: on a cluster, every node looks there
     for name in ["model.keras", "images.npy"]:
         if not os.path.exists(os.path.join(folder, name)):
             sys.exit(f"{name} is not in this folder: run save_model.py first")
     num_images = len(np.load(os.path.join(folder, "images.npy"), mmap_mode="r"))
-    rng = np.random.default_rng(seed)
-    starts = rng.integers(num_images - batch_size + 1, size=num_cpus * num_batches)
-    batches = [(start, start + batch_size) for start in starts.tolist()]
-    return folder, num_cpus, batches
+    if args.batch_size > num_images:
+        sys.exit(f"--batch-size {args.batch_size}: images.npy has {num_images} images")
+    rng = random.Random(args.seed)
+    batches = []
+    for _ in range(num_cpus * args.num_batches):
+        start = rng.randrange(num_images - args.batch_size + 1)
+        batches.append((start, start + args.batch_size))
+    return folder, batches
 
 
-def import_tensorflow(num_threads=1):
+def import_tensorflow(num_threads):
     """Import TensorFlow with num_threads threads (0: it decides), and return it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or each process claims every GPU
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ["TF_USE_LEGACY_KERAS"] = "0"
-    import tensorflow as tf
-
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # fatal errors alone
+    # While it is imported, TensorFlow writes four lines all the same.
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        import tensorflow as tf
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    tf.get_logger().setLevel("ERROR")
     # Once TensorFlow runs, it accepts no other number.
     tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     tf.config.threading.set_inter_op_parallelism_threads(num_threads)
@@ -86,31 +103,32 @@ def digest(result):
     return hashlib.sha256(np.concatenate(result).tobytes()).hexdigest()
 
 
-def set_up_serial(folder, num_cpus, batches):
+@contextlib.contextmanager
+def serial(num_cpus, folder, batches):
     classifier = Classifier(folder, num_threads=0)
 
-    def trial():
+    def run_pass():
         return [classifier.classify(start, stop) for start, stop in batches]
 
-    return trial
+    yield run_pass
 
 
 def load_and_classify(folder, start, stop):
     return Classifier(folder).classify(start, stop)
 
 
-def set_up_multiprocessing(folder, num_cpus, batches):
-    pool = start_pool(num_cpus, import_tensorflow)
+@contextlib.contextmanager
+def pool(num_cpus, folder, batches):
+    with spawn.Pool(num_cpus) as workers:
 
-    def trial():
-        calls = [(folder, start, stop) for start, stop in batches]
-        return pool.starmap(load_and_classify, calls)
+        def run_pass():
+            calls = [(folder, start, stop) for start, stop in batches]
+            return workers.starmap(load_and_classify, calls, 1)
 
-    return trial
+        yield run_pass
 
 
-def load_in_worker(folder):
-    """Keep a classifier for all calls to this worker."""
+def load_classifier(folder):  # runs once in each worker
     global worker_classifier
     worker_classifier = Classifier(folder)
 
@@ -119,201 +137,179 @@ def classify_in_worker(start, stop):
     return worker_classifier.classify(start, stop)
 
 
-def set_up_multiprocessing_tuned(folder, num_cpus, batches):
-    pool = start_pool(num_cpus, load_in_worker, [folder])
+@contextlib.contextmanager
+def tuned_pool(num_cpus, folder, batches):
+    with spawn.Pool(num_cpus, load_classifier, [folder]) as workers:
 
-    def trial():
-        return pool.starmap(classify_in_worker, batches)
+        def run_pass():
+            return workers.starmap(classify_in_worker, batches, 1)
 
-    return trial
+        yield run_pass
 
 
-def set_up_ray(folder, num_cpus, batches):
-    ray = start_ray(num_cpus)
-    # An actor that dies is restarted, and its lost call is repeated.
-    options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
-    actor_class = ray.remote(**options)(Classifier)
-    actors = [actor_class.remote(folder) for _ in range(num_cpus)]
-    ray.get([actor.__ray_ready__.remote() for actor in actors])
+@contextlib.contextmanager
+def ray_actors(num_cpus, folder, batches):
+    with start_ray(num_cpus) as ray:
+        # An actor that dies is restarted, and its lost calls are repeated.
+        options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
+        actor_class = ray.remote(**options)(Classifier)
+        actors = [actor_class.remote(folder) for _ in range(num_cpus)]
 
-    def trial():
-        calls = []
-        for actor, (start, stop) in zip(itertools.cycle(actors), batches):
-            calls.append(actor.classify.remote(start, stop))
-        return ray.get(calls)
+        def run_pass():
+            labels = []
+            for actor, (start, stop) in zip(itertools.cycle(actors), batches):
+                labels.append(actor.classify.remote(start, stop))
+            return ray.get(labels)
 
-    return trial
+        yield run_pass
 
 
 IMPLEMENTATIONS = {
-    "serial": set_up_serial,
-    "multiprocessing": set_up_multiprocessing,
-    "multiprocessing-tuned": set_up_multiprocessing_tuned,
-    "ray": set_up_ray,
+    "serial": serial,
+    "multiprocessing": pool,
+    "multiprocessing-tuned": tuned_pool,
+    "ray": ray_actors,
 }
 
 
-# ---- From here on the same in the three scripts: start workers, measure, report ----
-TITLE = __doc__.splitlines()[0]
-HEADER = "times in seconds       set-up     mean ± std      min … max     speedup"
-JOINS_CLUSTER = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+# ---- From here on the same in the three scripts: start Ray, measure, report ----
 
 
-def start_pool(num_cpus, initializer=None, initargs=()):
-    """Return a Pool that has answered a call; its process ends, so nobody closes it."""
-    pool = multiprocessing.get_context("spawn").Pool(num_cpus, initializer, initargs)
-    pool.map(abs, range(num_cpus))
-    return pool
-
-
+@contextlib.contextmanager
 def start_ray(num_cpus):
-    """Return the ray module, after it joined a cluster or started Ray on this machine."""
-    # Workers shall have this script's packages under `uv run`, and stay in its group.
+    """Yield the ray module, joined to the cluster of RAY_ADDRESS or started here."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    # Ray reads these as it is imported: the first gives its workers the packages of
+    # `uv run`, the second is the default, which Ray announces if it is not set.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "0")
-    import ray
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray  # not at the top, since a Pool's workers import this file, too
 
-    if JOINS_CLUSTER:
-        ray.init()
+    if sys.stderr is None:  # it was closed, and Ray does not start without it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if address == "local":
+        with ray.init("local", num_cpus=num_cpus, logging_level="WARNING"):
+            yield ray
     else:
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False)
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    if num_cpus > cpus:
-        sys.exit(f"Ray has {cpus} CPUs for {num_cpus} workers: lower --num-cpus")
-    return ray
+        with ray.init(address):
+            print(f"Waiting for {num_cpus} free CPUs in Ray's cluster", file=sys.stderr)
+            group = ray.util.placement_group([{"CPU": 1}] * num_cpus)
+            ray.get(group.ready())
+            ray.util.remove_placement_group(group)
+            yield ray
 
 
-def watch(script_pid):
-    """Kill this process group once the script, or any worker of a Pool, is dead."""
-    workers = set()
-    while os.getppid() == script_pid and all(w.is_alive() for w in workers):
-        workers.update(multiprocessing.active_children())
-        time.sleep(0.1)
-    os.killpg(0, signal.SIGKILL)
+@contextlib.contextmanager
+def watch_pools():
+    """End the script if a Pool's worker dies, for which the Pool would wait for ever."""
+    workers = multiprocessing.active_children()
+    finished = threading.Event()
 
+    def watch():
+        while not finished.wait(0.1):
+            exit_codes = {worker.exitcode for worker in workers} - {None}
+            if exit_codes:
+                print("A Pool's worker died, exit code", *exit_codes, file=sys.stderr)
+                print("-9 mostly means that memory ran out.", file=sys.stderr)
+                for worker in multiprocessing.active_children():
+                    worker.kill()  # it may wait for a lock that the dead one held
+                os._exit(1)
 
-def measure(args, parameters):
-    """Run the one implementation in args; print a JSON line for set-up and each pass."""
-    # Ray writes to stdout, too, so the results keep a descriptor to themselves.
-    results = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    # Outside the group and deaf to SIGHUP, the tracker frees a killed Pool's semaphores.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    multiprocessing.resource_tracker.ensure_running()
-    os.setpgrp()
-    threading.Thread(target=watch, args=[args.script_pid], daemon=True).start()
+    thread = threading.Thread(target=watch)
+    thread.start()
     try:
-        inputs = make_inputs(args.num_cpus[0], **parameters)
-        start = time.perf_counter()
-        trial = IMPLEMENTATIONS[args.implementations[0]](*inputs)
-        print(json.dumps({"setup_seconds": time.perf_counter() - start}), file=results)
-    except SystemExit as mistake:
-        print(json.dumps({"mistake": str(mistake)}), file=results)
-        raise
-    for _ in range(args.num_warmups + args.num_trials):
-        start = time.perf_counter()
-        result = trial()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "sha256": digest(result)}), file=results)
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
-def run(name, num_cpus, num_passes):
-    """Measure an implementation in a child process; return the child's JSON lines."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--implementations", name]
-    command += ["--num-cpus", str(num_cpus), "--script-pid", str(os.getpid())]
-    records = []
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        for line in itertools.islice(child.stdout, 1 + num_passes):
-            records.append(json.loads(line))
-            if "mistake" in records[-1]:
-                sys.exit(f"{name}: {records[-1]['mistake']}")
-            if sys.stderr.isatty():
-                print(f"{name}: pass {len(records)}", end="\r", file=sys.stderr)
-        with contextlib.suppress(ProcessLookupError):  # it died before it led a group
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        if len(records) <= num_passes:
-            log.seek(0)
-            sys.exit(f"{log.read()}{name} failed: a process died, or raised the above")
-    return records
+def measure(name, num_cpus, inputs, args):
+    """Return the seconds of the first pass, those of the trials, and all digests."""
+    seconds = []
+    digests = []
+    start = time.perf_counter()  # so the first pass includes all set-up
+    with IMPLEMENTATIONS[name](num_cpus, *inputs) as run_pass, watch_pools():
+        for _ in range(args.num_warmups + args.num_trials):
+            result = run_pass()
+            seconds.append(time.perf_counter() - start)
+            digests.append(digest(result))
+            del result  # or the next pass is charged for freeing it
+            if sys.stdout and sys.stdout.isatty():
+                print(f"{name}: {len(seconds)} passes", end="\r", flush=True)
+            start = time.perf_counter()
+    return seconds[0], seconds[args.num_warmups :], digests
 
 
-def compare(args, parameters):
-    """Print a table for every worker count and, with --json, a line for every row."""
-    names = [name for name in IMPLEMENTATIONS if name in args.implementations]
-    environment = {"python": platform.python_version(), "platform": platform.platform()}
-    environment["physical_cores"] = psutil.cpu_count(logical=False)
-    environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    facts = ", ".join(f"{k} {v}" for k, v in (parameters | environment).items())
-    table = sys.stderr if args.json else sys.stdout
-    table.reconfigure(errors="replace")  # not every encoding has the bars
-    if "ray" in names and JOINS_CLUSTER:
-        print("ray joins the cluster of RAY_ADDRESS; others run here", file=sys.stderr)
-    for num_cpus in args.num_cpus:
-        print(f"{TITLE} {num_cpus} workers, {args.num_trials} trials", file=table)
-        print(f"after {args.num_warmups} warm-ups, {facts}\n\n{HEADER}", file=table)
-        for name in names:
-            setup, *passes = run(name, num_cpus, args.num_warmups + args.num_trials)
-            seconds = [each["seconds"] for each in passes[args.num_warmups :]]
-            mean = statistics.mean(seconds)
-            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-            if name == names[0]:
-                first_mean = mean
-                first_digest = passes[0]["sha256"]
-            if {each["sha256"] for each in passes} != {first_digest}:
-                sys.exit(f"{name} gave another result than {names[0]}")
-            speedup = first_mean / mean
-            row = f"{name:21}{setup['setup_seconds']:8.2f}{mean:9.3f} ± {std:<6.3f}"
-            row += f"{min(seconds):8.3f} … {max(seconds):<7.3f}{speedup:6.2f}x "
-            row += "█" * min(round(3 / speedup), 6)
-            if std > 0.1 * mean:
-                row += "\n    ± is above 10% of the mean: raise --num-trials"
-            print(row, file=table, flush=True)
-            if args.json:
-                record = {"benchmark": os.path.basename(__file__).removesuffix(".py")}
-                record |= {"implementation": name, "num_cpus": num_cpus, **setup}
-                record |= {"trial_seconds": seconds, "mean_seconds": mean}
-                record |= {"std_seconds": std, "result_sha256": first_digest}
-                record |= {"speedup": speedup if names[0] == "serial" else None}
-                record |= {"parameters": parameters, "environment": environment}
-                print(json.dumps(record), flush=True)
-        print("All results agree.\n", file=table)
+def compare(args, num_cpus, settings):
+    """Print a table for num_cpus workers; add its rows to the file of --json."""
+    inputs = make_inputs(args, num_cpus)
+    print(f"\n{num_cpus} workers, {args.num_trials} trials, {args.num_warmups} warmups")
+    print(f"{'seconds':22}{'first':>9}{'mean':>9}{'std':>9}{'speedup':>9}", flush=True)
+    means = []
+    results = set()
+    for name in args.implementations:
+        first, trials, digests = measure(name, num_cpus, inputs, args)
+        results.update(digests)
+        if len(results) > 1:
+            sys.exit(f"{name} gave another result than {args.implementations[0]}")
+        mean = statistics.mean(trials)
+        std = statistics.stdev(trials) if len(trials) > 1 else 0.0
+        means.append(mean)
+        speedup = means[0] / mean
+        print(f"{name:22}{first:9.2f}{mean:9.3f}{std:9.3f}{speedup:8.2f}x", flush=True)
+        row = settings | {"implementation": name, "num_cpus": num_cpus}
+        row |= {"first_seconds": first, "trial_seconds": trials, "mean_seconds": mean}
+        row |= {"std_seconds": std, "speedup": speedup, "result_sha256": digests[0]}
+        with open(args.json, "a") as file:
+            print(json.dumps(row), file=file)
+    if len(args.implementations) > 1:
+        print("All results agree.")
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def main():
-    physical = psutil.cpu_count(logical=False)  # None where it cannot be found out
-    cores = os.cpu_count() if physical is None else physical
+    title = __doc__.splitlines()[0]
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
         cores = min(cores, len(os.sched_getaffinity(0)))
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
-    add = parser.add_argument
     names = list(IMPLEMENTATIONS)
-    add("--implementations", nargs="+", choices=names, default=names, help="to compare")
-    add("--num-cpus", nargs="+", type=int, default=[cores], help="workers")
-    add("--num-trials", type=int, default=5, help="timed passes")
-    add("--num-warmups", type=int, default=NUM_WARMUPS, help="passes before them")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=title, formatter_class=formatter)
+    add = parser.add_argument
+    add("--implementations", nargs="+", choices=names, default=names, help="in order")
+    add("--num-cpus", nargs="+", type=positive, default=[cores], help="workers")
+    add("--num-trials", type=positive, default=5, help="timed passes")
     add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", action="store_true", help="print JSON lines; tables go to stderr")
-    add("--script-pid", type=int, help=argparse.SUPPRESS)
-    for size, (default, meaning) in SIZES.items():
-        add("--" + size.replace("_", "-"), type=int, default=default, help=meaning)
+    add("--json", metavar="FILE", default=os.devnull, help="gets a JSON line per row")
+    add_arguments(add)
     args = parser.parse_args()
-    sizes = {size: getattr(args, size) for size in SIZES}
-    if min(args.num_trials, *args.num_cpus, *sizes.values()) < 1:
-        parser.error("workers, trials and sizes must be at least 1")
-    if min(args.num_warmups, args.seed) < 0:
-        parser.error("--num-warmups and --seed must not be negative")
-    parameters = {"seed": args.seed, **sizes}
-    if args.script_pid:
-        measure(args, parameters)
-    else:
-        # Ctrl-C or a closed pipe ends this process at once, and watch ends the rest.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        compare(args, parameters)
+    try:
+        open(args.json, "a").close()
+    except OSError as error:
+        parser.error(f"--json: {error}")
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    print(title)
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    settings = vars(args) | versions
+    settings["benchmark"] = os.path.basename(__file__).removesuffix(".py")
+    settings["platform"] = platform.platform()
+    del settings["implementations"], settings["json"]
+    for num_cpus in args.num_cpus:
+        compare(args, num_cpus, settings)
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a Pool's worker: the script answers Ctrl-C for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

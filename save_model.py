@@ -2,6 +2,7 @@
 # requires-python = ">=3.10,<3.14"
 # dependencies = ["numpy>=1.26,<3", "tensorflow>=2.18,<3"]
 # ///
+# SPDX-License-Identifier: MIT-0
 """Train the model that expensive_init.py loads; save it with the test images.
 
 Writes model.keras and images.npy (uint8, (10000, 28, 28)) into the current folder.
@@ -44,12 +45,10 @@ def load_images(keras):
     """Return what the images are, training data and test data: (images, labels) each."""
     socket.setdefaulttimeout(10)  # seconds; some networks never answer
     try:
-        training, test = keras.datasets.mnist.load_data()
-        return "MNIST", training, test
+        return "MNIST", *keras.datasets.mnist.load_data()
     except Exception as error:  # noqa: BLE001 (Keras raises just that)
         print(f"MNIST cannot be had, using synthetic images: {error}", file=sys.stderr)
-        training, test = make_synthetic_images()
-        return "synthetic", training, test
+        return "synthetic", *make_synthetic_images()
 
 
 def train(tf, images, labels):

@@ -1,16 +1,17 @@
 # /// script
-# requires-python = ">=3.10,<3.14"
+# requires-python = ">=3.10,<3.15"
 # dependencies = ["psutil>=5.9", "ray>=2.60,<3"]
 # ///
+# SPDX-License-Identifier: MIT-0
 """Stateful computation: find the popular prefixes in a stream of documents.
 
-  serial                 one counter, in one process
+  serial                 one counter
   multiprocessing        Pool.starmap: all counts travel into every call and out again
   multiprocessing-tuned  a Pool of one process per worker, which keeps its counts
   ray                    an actor per worker, which keeps its counts
 
-Run: python stateful.py (uv run stateful.py does it with nothing installed but uv).
-Timed: sending the words, counting, collecting. Set-up is timed apart.
+Run: python stateful.py, or uv run stateful.py with nothing installed but uv.
+Timed in a pass: sending the words, counting from zero, collecting the popular prefixes.
 """
 
 import argparse
@@ -20,51 +21,50 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import multiprocessing.resource_tracker
+import multiprocessing
 import os
 import platform
 import random
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 import psutil
 
 PACKAGES = ["ray"]
-NUM_WARMUPS = 1
-SIZES = {
-    "num_documents": (10, "documents for each worker"),
-    "words_per_document": (10000, "words"),
-    "word_length": (20, "bytes"),
-}
+spawn = multiprocessing.get_context("spawn")
 
 
-def make_inputs(num_cpus, seed, num_documents, words_per_document, word_length):
-    """Return batches of num_cpus documents, which are lists of random words (bytes)."""
-    rng = random.Random(seed)
-
-    def make_document():
-        return [rng.randbytes(word_length) for _ in range(words_per_document)]
-
-    batches = [[make_document() for _ in range(num_cpus)] for _ in range(num_documents)]
-    return batches, num_cpus
+def add_arguments(add):
+    add("--num-documents", type=positive, default=10, help="documents per worker")
+    add("--words-per-document", type=positive, default=10000, help="words")
+    add("--word-length", type=positive, default=20, help="bytes")
+    add("--num-warmups", type=positive, default=1, help="passes before the trials")
 
 
-def route(batches, targets):
-    """Yield (target, words); the first byte decides, so no two targets share a prefix."""
-    for batch in batches:
-        shares = [[] for _ in targets]
-        for word in itertools.chain(*batch):
-            shares[word[0] % len(targets)].append(word)
-        yield from zip(targets, shares)
+def make_inputs(args, num_cpus):
+    """Return (batches,): a batch has num_cpus documents, which are lists of bytes."""
+    rng = random.Random(args.seed)
+
+    def document():
+        return [rng.randbytes(args.word_length) for _ in range(args.words_per_document)]
+
+    batches = [[document() for _ in range(num_cpus)] for _ in range(args.num_documents)]
+    return (batches,)
+
+
+def split(documents, num_cpus):
+    """Return a list of words per worker; equal prefixes go to the same worker."""
+    shares = [[] for _ in range(num_cpus)]
+    for word in itertools.chain(*documents):
+        shares[word[0] % num_cpus].append(word)
+    return shares
 
 
 class PrefixCounter:
-    """Counts of all proper prefixes (b"a" and b"ab" of b"abc") of the words added."""
+    """Counts how often each proper prefix (b"a" and b"ab" of b"abc") has been seen."""
 
     def __init__(self, counts=()):
         self.counts = collections.Counter(counts)
@@ -84,37 +84,40 @@ def digest(result):
     return hashlib.sha256(repr(sorted(result)).encode()).hexdigest()
 
 
-def set_up_serial(batches, num_cpus):
+@contextlib.contextmanager
+def serial(num_cpus, batches):
     counter = PrefixCounter()
 
-    def trial():
-        for document in itertools.chain(*batches):
-            counter.add(document)
+    def run_pass():
+        for documents in batches:
+            counter.add(itertools.chain(*documents))
         return counter.pop_popular()
 
-    return trial
+    yield run_pass
 
 
 def add_words(counts, words):
-    """Return a dict of counts with the words added; dicts pickle fastest."""
+    """Return a dict of counts with the words added; a dict pickles fastest."""
     counter = PrefixCounter(counts)
     counter.add(words)
     return dict(counter.counts)
 
 
-def set_up_multiprocessing(batches, num_cpus):
-    pool = start_pool(num_cpus)
+@contextlib.contextmanager
+def pool(num_cpus, batches):
+    with spawn.Pool(num_cpus) as workers:
 
-    def trial():
-        counts = [{} for _ in range(num_cpus)]
-        for batch in batches:
-            counts = pool.starmap(add_words, route([batch], counts))
-        return set().union(*[PrefixCounter(part).pop_popular() for part in counts])
+        def run_pass():
+            counts = [{} for _ in range(num_cpus)]
+            for documents in batches:
+                calls = zip(counts, split(documents, num_cpus))
+                counts = workers.starmap(add_words, calls, 1)
+            return set().union(*[PrefixCounter(c).pop_popular() for c in counts])
 
-    return trial
+        yield run_pass
 
 
-worker_counter = PrefixCounter()  # every process has its own
+worker_counter = PrefixCounter()  # every worker has its own
 
 
 def worker_add(words):
@@ -125,201 +128,188 @@ def worker_pop_popular():
     return worker_counter.pop_popular()
 
 
-def set_up_multiprocessing_tuned(batches, num_cpus):
-    pools = [start_pool(1) for _ in range(num_cpus)]
+@contextlib.contextmanager
+def tuned_pool(num_cpus, batches):
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(spawn.Pool(1)) for _ in range(num_cpus)]
 
-    def trial():
-        adds = [pool.apply_async(worker_add, [w]) for pool, w in route(batches, pools)]
-        for add in adds:
-            add.get()  # raises what the call raised
-        pops = [pool.apply_async(worker_pop_popular) for pool in pools]
-        return set().union(*[pop.get() for pop in pops])
+        def run_pass():
+            adds = []
+            for documents in batches:
+                for worker, words in zip(pools, split(documents, num_cpus)):
+                    adds.append(worker.apply_async(worker_add, [words]))
+            for add in adds:
+                add.get()  # raises what the call raised
+            pops = [worker.apply_async(worker_pop_popular) for worker in pools]
+            return set().union(*[pop.get() for pop in pops])
 
-    return trial
+        yield run_pass
 
 
-def set_up_ray(batches, num_cpus):
-    ray = start_ray(num_cpus)
-    actor_class = ray.remote(num_cpus=1)(PrefixCounter)
-    actors = [actor_class.remote() for _ in range(num_cpus)]
-    ray.get([actor.__ray_ready__.remote() for actor in actors])
+@contextlib.contextmanager
+def ray_actors(num_cpus, batches):
+    with start_ray(num_cpus) as ray:
+        actor_class = ray.remote(num_cpus=1)(PrefixCounter)
+        actors = [actor_class.remote() for _ in range(num_cpus)]
 
-    def trial():
-        ray.get([actor.add.remote(words) for actor, words in route(batches, actors)])
-        return set().union(*ray.get([actor.pop_popular.remote() for actor in actors]))
+        def run_pass():
+            adds = []
+            for documents in batches:
+                for worker, words in zip(actors, split(documents, num_cpus)):
+                    adds.append(worker.add.remote(words))
+            ray.get(adds)  # raises what the call raised
+            pops = [worker.pop_popular.remote() for worker in actors]
+            return set().union(*ray.get(pops))
 
-    return trial
+        yield run_pass
 
 
 IMPLEMENTATIONS = {
-    "serial": set_up_serial,
-    "multiprocessing": set_up_multiprocessing,
-    "multiprocessing-tuned": set_up_multiprocessing_tuned,
-    "ray": set_up_ray,
+    "serial": serial,
+    "multiprocessing": pool,
+    "multiprocessing-tuned": tuned_pool,
+    "ray": ray_actors,
 }
 
 
-# ---- From here on the same in the three scripts: start workers, measure, report ----
-TITLE = __doc__.splitlines()[0]
-HEADER = "times in seconds       set-up     mean ± std      min … max     speedup"
-JOINS_CLUSTER = os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+# ---- From here on the same in the three scripts: start Ray, measure, report ----
 
 
-def start_pool(num_cpus, initializer=None, initargs=()):
-    """Return a Pool that has answered a call; its process ends, so nobody closes it."""
-    pool = multiprocessing.get_context("spawn").Pool(num_cpus, initializer, initargs)
-    pool.map(abs, range(num_cpus))
-    return pool
-
-
+@contextlib.contextmanager
 def start_ray(num_cpus):
-    """Return the ray module, after it joined a cluster or started Ray on this machine."""
-    # Workers shall have this script's packages under `uv run`, and stay in its group.
+    """Yield the ray module, joined to the cluster of RAY_ADDRESS or started here."""
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    # Ray reads these as it is imported: the first gives its workers the packages of
+    # `uv run`, the second is the default, which Ray announces if it is not set.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    os.environ.setdefault("RAY_process_group_cleanup_enabled", "0")
-    import ray
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray  # not at the top, since a Pool's workers import this file, too
 
-    if JOINS_CLUSTER:
-        ray.init()
+    if sys.stderr is None:  # it was closed, and Ray does not start without it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if address == "local":
+        with ray.init("local", num_cpus=num_cpus, logging_level="WARNING"):
+            yield ray
     else:
-        ray.init("local", num_cpus=num_cpus, include_dashboard=False)
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    if num_cpus > cpus:
-        sys.exit(f"Ray has {cpus} CPUs for {num_cpus} workers: lower --num-cpus")
-    return ray
+        with ray.init(address):
+            print(f"Waiting for {num_cpus} free CPUs in Ray's cluster", file=sys.stderr)
+            group = ray.util.placement_group([{"CPU": 1}] * num_cpus)
+            ray.get(group.ready())
+            ray.util.remove_placement_group(group)
+            yield ray
 
 
-def watch(script_pid):
-    """Kill this process group once the script, or any worker of a Pool, is dead."""
-    workers = set()
-    while os.getppid() == script_pid and all(w.is_alive() for w in workers):
-        workers.update(multiprocessing.active_children())
-        time.sleep(0.1)
-    os.killpg(0, signal.SIGKILL)
+@contextlib.contextmanager
+def watch_pools():
+    """End the script if a Pool's worker dies, for which the Pool would wait for ever."""
+    workers = multiprocessing.active_children()
+    finished = threading.Event()
 
+    def watch():
+        while not finished.wait(0.1):
+            exit_codes = {worker.exitcode for worker in workers} - {None}
+            if exit_codes:
+                print("A Pool's worker died, exit code", *exit_codes, file=sys.stderr)
+                print("-9 mostly means that memory ran out.", file=sys.stderr)
+                for worker in multiprocessing.active_children():
+                    worker.kill()  # it may wait for a lock that the dead one held
+                os._exit(1)
 
-def measure(args, parameters):
-    """Run the one implementation in args; print a JSON line for set-up and each pass."""
-    # Ray writes to stdout, too, so the results keep a descriptor to themselves.
-    results = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    # Outside the group and deaf to SIGHUP, the tracker frees a killed Pool's semaphores.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    multiprocessing.resource_tracker.ensure_running()
-    os.setpgrp()
-    threading.Thread(target=watch, args=[args.script_pid], daemon=True).start()
+    thread = threading.Thread(target=watch)
+    thread.start()
     try:
-        inputs = make_inputs(args.num_cpus[0], **parameters)
-        start = time.perf_counter()
-        trial = IMPLEMENTATIONS[args.implementations[0]](*inputs)
-        print(json.dumps({"setup_seconds": time.perf_counter() - start}), file=results)
-    except SystemExit as mistake:
-        print(json.dumps({"mistake": str(mistake)}), file=results)
-        raise
-    for _ in range(args.num_warmups + args.num_trials):
-        start = time.perf_counter()
-        result = trial()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "sha256": digest(result)}), file=results)
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
-def run(name, num_cpus, num_passes):
-    """Measure an implementation in a child process; return the child's JSON lines."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--implementations", name]
-    command += ["--num-cpus", str(num_cpus), "--script-pid", str(os.getpid())]
-    records = []
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        for line in itertools.islice(child.stdout, 1 + num_passes):
-            records.append(json.loads(line))
-            if "mistake" in records[-1]:
-                sys.exit(f"{name}: {records[-1]['mistake']}")
-            if sys.stderr.isatty():
-                print(f"{name}: pass {len(records)}", end="\r", file=sys.stderr)
-        with contextlib.suppress(ProcessLookupError):  # it died before it led a group
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        if len(records) <= num_passes:
-            log.seek(0)
-            sys.exit(f"{log.read()}{name} failed: a process died, or raised the above")
-    return records
+def measure(name, num_cpus, inputs, args):
+    """Return the seconds of the first pass, those of the trials, and all digests."""
+    seconds = []
+    digests = []
+    start = time.perf_counter()  # so the first pass includes all set-up
+    with IMPLEMENTATIONS[name](num_cpus, *inputs) as run_pass, watch_pools():
+        for _ in range(args.num_warmups + args.num_trials):
+            result = run_pass()
+            seconds.append(time.perf_counter() - start)
+            digests.append(digest(result))
+            del result  # or the next pass is charged for freeing it
+            if sys.stdout and sys.stdout.isatty():
+                print(f"{name}: {len(seconds)} passes", end="\r", flush=True)
+            start = time.perf_counter()
+    return seconds[0], seconds[args.num_warmups :], digests
 
 
-def compare(args, parameters):
-    """Print a table for every worker count and, with --json, a line for every row."""
-    names = [name for name in IMPLEMENTATIONS if name in args.implementations]
-    environment = {"python": platform.python_version(), "platform": platform.platform()}
-    environment["physical_cores"] = psutil.cpu_count(logical=False)
-    environment |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    facts = ", ".join(f"{k} {v}" for k, v in (parameters | environment).items())
-    table = sys.stderr if args.json else sys.stdout
-    table.reconfigure(errors="replace")  # not every encoding has the bars
-    if "ray" in names and JOINS_CLUSTER:
-        print("ray joins the cluster of RAY_ADDRESS; others run here", file=sys.stderr)
-    for num_cpus in args.num_cpus:
-        print(f"{TITLE} {num_cpus} workers, {args.num_trials} trials", file=table)
-        print(f"after {args.num_warmups} warm-ups, {facts}\n\n{HEADER}", file=table)
-        for name in names:
-            setup, *passes = run(name, num_cpus, args.num_warmups + args.num_trials)
-            seconds = [each["seconds"] for each in passes[args.num_warmups :]]
-            mean = statistics.mean(seconds)
-            std = statistics.stdev(seconds) if len(seconds) > 1 else 0.0
-            if name == names[0]:
-                first_mean = mean
-                first_digest = passes[0]["sha256"]
-            if {each["sha256"] for each in passes} != {first_digest}:
-                sys.exit(f"{name} gave another result than {names[0]}")
-            speedup = first_mean / mean
-            row = f"{name:21}{setup['setup_seconds']:8.2f}{mean:9.3f} ± {std:<6.3f}"
-            row += f"{min(seconds):8.3f} … {max(seconds):<7.3f}{speedup:6.2f}x "
-            row += "█" * min(round(3 / speedup), 6)
-            if std > 0.1 * mean:
-                row += "\n    ± is above 10% of the mean: raise --num-trials"
-            print(row, file=table, flush=True)
-            if args.json:
-                record = {"benchmark": os.path.basename(__file__).removesuffix(".py")}
-                record |= {"implementation": name, "num_cpus": num_cpus, **setup}
-                record |= {"trial_seconds": seconds, "mean_seconds": mean}
-                record |= {"std_seconds": std, "result_sha256": first_digest}
-                record |= {"speedup": speedup if names[0] == "serial" else None}
-                record |= {"parameters": parameters, "environment": environment}
-                print(json.dumps(record), flush=True)
-        print("All results agree.\n", file=table)
+def compare(args, num_cpus, settings):
+    """Print a table for num_cpus workers; add its rows to the file of --json."""
+    inputs = make_inputs(args, num_cpus)
+    print(f"\n{num_cpus} workers, {args.num_trials} trials, {args.num_warmups} warmups")
+    print(f"{'seconds':22}{'first':>9}{'mean':>9}{'std':>9}{'speedup':>9}", flush=True)
+    means = []
+    results = set()
+    for name in args.implementations:
+        first, trials, digests = measure(name, num_cpus, inputs, args)
+        results.update(digests)
+        if len(results) > 1:
+            sys.exit(f"{name} gave another result than {args.implementations[0]}")
+        mean = statistics.mean(trials)
+        std = statistics.stdev(trials) if len(trials) > 1 else 0.0
+        means.append(mean)
+        speedup = means[0] / mean
+        print(f"{name:22}{first:9.2f}{mean:9.3f}{std:9.3f}{speedup:8.2f}x", flush=True)
+        row = settings | {"implementation": name, "num_cpus": num_cpus}
+        row |= {"first_seconds": first, "trial_seconds": trials, "mean_seconds": mean}
+        row |= {"std_seconds": std, "speedup": speedup, "result_sha256": digests[0]}
+        with open(args.json, "a") as file:
+            print(json.dumps(row), file=file)
+    if len(args.implementations) > 1:
+        print("All results agree.")
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def main():
-    physical = psutil.cpu_count(logical=False)  # None where it cannot be found out
-    cores = os.cpu_count() if physical is None else physical
+    title = __doc__.splitlines()[0]
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
         cores = min(cores, len(os.sched_getaffinity(0)))
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
-    add = parser.add_argument
     names = list(IMPLEMENTATIONS)
-    add("--implementations", nargs="+", choices=names, default=names, help="to compare")
-    add("--num-cpus", nargs="+", type=int, default=[cores], help="workers")
-    add("--num-trials", type=int, default=5, help="timed passes")
-    add("--num-warmups", type=int, default=NUM_WARMUPS, help="passes before them")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=title, formatter_class=formatter)
+    add = parser.add_argument
+    add("--implementations", nargs="+", choices=names, default=names, help="in order")
+    add("--num-cpus", nargs="+", type=positive, default=[cores], help="workers")
+    add("--num-trials", type=positive, default=5, help="timed passes")
     add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", action="store_true", help="print JSON lines; tables go to stderr")
-    add("--script-pid", type=int, help=argparse.SUPPRESS)
-    for size, (default, meaning) in SIZES.items():
-        add("--" + size.replace("_", "-"), type=int, default=default, help=meaning)
+    add("--json", metavar="FILE", default=os.devnull, help="gets a JSON line per row")
+    add_arguments(add)
     args = parser.parse_args()
-    sizes = {size: getattr(args, size) for size in SIZES}
-    if min(args.num_trials, *args.num_cpus, *sizes.values()) < 1:
-        parser.error("workers, trials and sizes must be at least 1")
-    if min(args.num_warmups, args.seed) < 0:
-        parser.error("--num-warmups and --seed must not be negative")
-    parameters = {"seed": args.seed, **sizes}
-    if args.script_pid:
-        measure(args, parameters)
-    else:
-        # Ctrl-C or a closed pipe ends this process at once, and watch ends the rest.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        compare(args, parameters)
+    try:
+        open(args.json, "a").close()
+    except OSError as error:
+        parser.error(f"--json: {error}")
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    print(title)
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    settings = vars(args) | versions
+    settings["benchmark"] = os.path.basename(__file__).removesuffix(".py")
+    settings["platform"] = platform.platform()
+    del settings["implementations"], settings["json"]
+    for num_cpus in args.num_cpus:
+        compare(args, num_cpus, settings)
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a Pool's worker: the script answers Ctrl-C for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,7 +11,7 @@
   ray                    an actor per worker, which loads when it starts
 
 Run: python save_model.py && python expensive_init.py (or uv run, with nothing but uv).
-Timed in a pass: sending the places of the batches, classifying, collecting the labels.
+Timed in a pass: sending the positions of the batches, classifying, collecting the labels.
 """
 
 import argparse
@@ -39,14 +39,14 @@ spawn = multiprocessing.get_context("spawn")
 
 def add_arguments(add):
     add("--num-batches", type=positive, default=20, help="batches per worker")
-    add("--batch-size", type=positive, default=1000, help="images")
+    add("--batch-size", type=positive, default=1000, help="images of a batch")
     add("--num-warmups", type=positive, default=1, help="passes before the trials")
 
 
 def make_inputs(args, num_cpus):
-    """Return the folder of model and images, and where the batches start in the images.
+    """Return the folder of model and images, and the batches: tuples (start, stop).
 
-    The batches are tuples (start, stop). Exits if there is no model, or too few images.
+    Exits if there is no model, or if a batch is larger than the images.
     """
     folder = os.getcwd()  # an absolute path: on a cluster, every node looks there
     for name in ["model.keras", "images.npy"]:
@@ -94,7 +94,7 @@ class Classifier:
         self.images = np.load(os.path.join(folder, "images.npy"))
 
     def classify(self, start, stop):
-        """Return the labels of the images from start to stop - 1, int64 (batch_size,)."""
+        """Return the labels of images[start:stop], int64 (stop - start,)."""
         return self.model.predict_on_batch(self.images[start:stop]).argmax(axis=1)
 
 
@@ -118,7 +118,7 @@ def load_and_classify(folder, start, stop):
 
 
 @contextlib.contextmanager
-def pool(num_cpus, folder, batches):
+def plain_pool(num_cpus, folder, batches):
     with spawn.Pool(num_cpus) as workers:
 
         def run_pass():
@@ -166,7 +166,7 @@ def ray_actors(num_cpus, folder, batches):
 
 IMPLEMENTATIONS = {
     "serial": serial,
-    "multiprocessing": pool,
+    "multiprocessing": plain_pool,
     "multiprocessing-tuned": tuned_pool,
     "ray": ray_actors,
 }
@@ -179,8 +179,8 @@ IMPLEMENTATIONS = {
 def start_ray(num_cpus):
     """Yield the ray module, joined to the cluster of RAY_ADDRESS or started here."""
     address = os.environ.get("RAY_ADDRESS") or "local"
-    # Ray reads these as it is imported: the first gives its workers the packages of
-    # `uv run`, the second is the default, which Ray announces if it is not set.
+    # Ray reads these as it is imported. 0: its workers use this Python, not a `uv run`
+    # of their own. token: the default, which Ray announces unless it is set.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -196,14 +196,14 @@ def start_ray(num_cpus):
             print(f"Waiting for {num_cpus} free CPUs in Ray's cluster", file=sys.stderr)
             group = ray.util.placement_group([{"CPU": 1}] * num_cpus)
             ray.get(group.ready())
-            ray.util.remove_placement_group(group)
+            ray.util.remove_placement_group(group)  # it was made only to wait
             yield ray
 
 
 @contextlib.contextmanager
 def watch_pools():
     """End the script if a Pool's worker dies, for which the Pool would wait for ever."""
-    workers = multiprocessing.active_children()
+    workers = multiprocessing.active_children()  # of the Pools that run by now
     finished = threading.Event()
 
     def watch():
@@ -211,12 +211,12 @@ def watch_pools():
             exit_codes = {worker.exitcode for worker in workers} - {None}
             if exit_codes:
                 print("A Pool's worker died, exit code", *exit_codes, file=sys.stderr)
-                print("-9 mostly means that memory ran out.", file=sys.stderr)
+                print("(-9 mostly means that memory ran out)", file=sys.stderr)
                 for worker in multiprocessing.active_children():
                     worker.kill()  # it may wait for a lock that the dead one held
                 os._exit(1)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -287,8 +287,8 @@ def main():
     add("--implementations", nargs="+", choices=names, default=names, help="in order")
     add("--num-cpus", nargs="+", type=positive, default=[cores], help="workers")
     add("--num-trials", type=positive, default=5, help="timed passes")
-    add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", metavar="FILE", default=os.devnull, help="gets a JSON line per row")
+    add("--seed", type=int, default=0, help="for the inputs")
+    add("--json", metavar="FILE", default=os.devnull, help="to add JSON lines to")
     add_arguments(add)
     args = parser.parse_args()
     try:

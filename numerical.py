@@ -44,8 +44,8 @@ def add_arguments(add):
 
 
 def make_inputs(args, num_cpus):
-    """Return a square float64 image, and a small one per worker as an array of filters."""
-    rng = np.random.default_rng(abs(args.seed))
+    """Return an image (size, size) and filters (num_cpus, size, size), all float64."""
+    rng = np.random.default_rng(abs(args.seed))  # NumPy refuses negative seeds
     image = rng.random((args.image_size, args.image_size))
     filters = rng.random((num_cpus, args.filter_size, args.filter_size))
     return image, filters
@@ -54,7 +54,7 @@ def make_inputs(args, num_cpus):
 def filter_image(image, image_filter):
     """Convolve a float64 image with a filter; return every fifth pixel, both ways."""
     filtered = scipy.signal.convolve2d(image, image_filter)[::5, ::5]
-    return np.ascontiguousarray(filtered)  # a strided view is pickled and copied
+    return np.ascontiguousarray(filtered)  # which Ray returns without a copy
 
 
 def digest(result):
@@ -71,7 +71,7 @@ def serial(num_cpus, image, filters):
 
 
 @contextlib.contextmanager
-def pool(num_cpus, image, filters):
+def plain_pool(num_cpus, image, filters):
     with spawn.Pool(num_cpus) as workers:
 
         def run_pass():
@@ -116,7 +116,7 @@ def ray_tasks(num_cpus, image, filters):
 
 IMPLEMENTATIONS = {
     "serial": serial,
-    "multiprocessing": pool,
+    "multiprocessing": plain_pool,
     "multiprocessing-tuned": tuned_pool,
     "ray": ray_tasks,
 }
@@ -129,8 +129,8 @@ IMPLEMENTATIONS = {
 def start_ray(num_cpus):
     """Yield the ray module, joined to the cluster of RAY_ADDRESS or started here."""
     address = os.environ.get("RAY_ADDRESS") or "local"
-    # Ray reads these as it is imported: the first gives its workers the packages of
-    # `uv run`, the second is the default, which Ray announces if it is not set.
+    # Ray reads these as it is imported. 0: its workers use this Python, not a `uv run`
+    # of their own. token: the default, which Ray announces unless it is set.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -146,14 +146,14 @@ def start_ray(num_cpus):
             print(f"Waiting for {num_cpus} free CPUs in Ray's cluster", file=sys.stderr)
             group = ray.util.placement_group([{"CPU": 1}] * num_cpus)
             ray.get(group.ready())
-            ray.util.remove_placement_group(group)
+            ray.util.remove_placement_group(group)  # it was made only to wait
             yield ray
 
 
 @contextlib.contextmanager
 def watch_pools():
     """End the script if a Pool's worker dies, for which the Pool would wait for ever."""
-    workers = multiprocessing.active_children()
+    workers = multiprocessing.active_children()  # of the Pools that run by now
     finished = threading.Event()
 
     def watch():
@@ -161,12 +161,12 @@ def watch_pools():
             exit_codes = {worker.exitcode for worker in workers} - {None}
             if exit_codes:
                 print("A Pool's worker died, exit code", *exit_codes, file=sys.stderr)
-                print("-9 mostly means that memory ran out.", file=sys.stderr)
+                print("(-9 mostly means that memory ran out)", file=sys.stderr)
                 for worker in multiprocessing.active_children():
                     worker.kill()  # it may wait for a lock that the dead one held
                 os._exit(1)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -237,8 +237,8 @@ def main():
     add("--implementations", nargs="+", choices=names, default=names, help="in order")
     add("--num-cpus", nargs="+", type=positive, default=[cores], help="workers")
     add("--num-trials", type=positive, default=5, help="timed passes")
-    add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", metavar="FILE", default=os.devnull, help="gets a JSON line per row")
+    add("--seed", type=int, default=0, help="for the inputs")
+    add("--json", metavar="FILE", default=os.devnull, help="to add JSON lines to")
     add_arguments(add)
     args = parser.parse_args()
     try:

@@ -40,12 +40,12 @@ spawn = multiprocessing.get_context("spawn")
 def add_arguments(add):
     add("--num-documents", type=positive, default=10, help="documents per worker")
     add("--words-per-document", type=positive, default=10000, help="words")
-    add("--word-length", type=positive, default=20, help="bytes")
+    add("--word-length", type=positive, default=20, help="bytes of a word")
     add("--num-warmups", type=positive, default=1, help="passes before the trials")
 
 
 def make_inputs(args, num_cpus):
-    """Return (batches,): a batch has num_cpus documents, which are lists of bytes."""
+    """Return a tuple of one: batches of num_cpus documents, which are lists of bytes."""
     rng = random.Random(args.seed)
 
     def document():
@@ -104,7 +104,7 @@ def add_words(counts, words):
 
 
 @contextlib.contextmanager
-def pool(num_cpus, batches):
+def plain_pool(num_cpus, batches):
     with spawn.Pool(num_cpus) as workers:
 
         def run_pass():
@@ -136,11 +136,11 @@ def tuned_pool(num_cpus, batches):
         def run_pass():
             adds = []
             for documents in batches:
-                for worker, words in zip(pools, split(documents, num_cpus)):
-                    adds.append(worker.apply_async(worker_add, [words]))
+                for pool, words in zip(pools, split(documents, num_cpus)):
+                    adds.append(pool.apply_async(worker_add, [words]))
             for add in adds:
                 add.get()  # raises what the call raised
-            pops = [worker.apply_async(worker_pop_popular) for worker in pools]
+            pops = [pool.apply_async(worker_pop_popular) for pool in pools]
             return set().union(*[pop.get() for pop in pops])
 
         yield run_pass
@@ -155,10 +155,10 @@ def ray_actors(num_cpus, batches):
         def run_pass():
             adds = []
             for documents in batches:
-                for worker, words in zip(actors, split(documents, num_cpus)):
-                    adds.append(worker.add.remote(words))
+                for actor, words in zip(actors, split(documents, num_cpus)):
+                    adds.append(actor.add.remote(words))
             ray.get(adds)  # raises what the call raised
-            pops = [worker.pop_popular.remote() for worker in actors]
+            pops = [actor.pop_popular.remote() for actor in actors]
             return set().union(*ray.get(pops))
 
         yield run_pass
@@ -166,7 +166,7 @@ def ray_actors(num_cpus, batches):
 
 IMPLEMENTATIONS = {
     "serial": serial,
-    "multiprocessing": pool,
+    "multiprocessing": plain_pool,
     "multiprocessing-tuned": tuned_pool,
     "ray": ray_actors,
 }
@@ -179,8 +179,8 @@ IMPLEMENTATIONS = {
 def start_ray(num_cpus):
     """Yield the ray module, joined to the cluster of RAY_ADDRESS or started here."""
     address = os.environ.get("RAY_ADDRESS") or "local"
-    # Ray reads these as it is imported: the first gives its workers the packages of
-    # `uv run`, the second is the default, which Ray announces if it is not set.
+    # Ray reads these as it is imported. 0: its workers use this Python, not a `uv run`
+    # of their own. token: the default, which Ray announces unless it is set.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -196,14 +196,14 @@ def start_ray(num_cpus):
             print(f"Waiting for {num_cpus} free CPUs in Ray's cluster", file=sys.stderr)
             group = ray.util.placement_group([{"CPU": 1}] * num_cpus)
             ray.get(group.ready())
-            ray.util.remove_placement_group(group)
+            ray.util.remove_placement_group(group)  # it was made only to wait
             yield ray
 
 
 @contextlib.contextmanager
 def watch_pools():
     """End the script if a Pool's worker dies, for which the Pool would wait for ever."""
-    workers = multiprocessing.active_children()
+    workers = multiprocessing.active_children()  # of the Pools that run by now
     finished = threading.Event()
 
     def watch():
@@ -211,12 +211,12 @@ def watch_pools():
             exit_codes = {worker.exitcode for worker in workers} - {None}
             if exit_codes:
                 print("A Pool's worker died, exit code", *exit_codes, file=sys.stderr)
-                print("-9 mostly means that memory ran out.", file=sys.stderr)
+                print("(-9 mostly means that memory ran out)", file=sys.stderr)
                 for worker in multiprocessing.active_children():
                     worker.kill()  # it may wait for a lock that the dead one held
                 os._exit(1)
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -287,8 +287,8 @@ def main():
     add("--implementations", nargs="+", choices=names, default=names, help="in order")
     add("--num-cpus", nargs="+", type=positive, default=[cores], help="workers")
     add("--num-trials", type=positive, default=5, help="timed passes")
-    add("--seed", type=int, default=0, help="of the inputs")
-    add("--json", metavar="FILE", default=os.devnull, help="gets a JSON line per row")
+    add("--seed", type=int, default=0, help="for the inputs")
+    add("--json", metavar="FILE", default=os.devnull, help="to add JSON lines to")
     add_arguments(add)
     args = parser.parse_args()
     try:

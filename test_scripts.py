@@ -174,6 +174,5 @@ def test_files(tmp_path):
     assert len({text.split("\n# ---- From here")[1] for text in texts}) == 1
     readme = (HERE / "README.md").read_text()
     snippet = re.search("```python\n(import multi.*?)```", readme, re.DOTALL)[1]
-    method = "import multiprocessing as m\nm.set_start_method('forkserver', True)\n"
-    (tmp_path / "snippet.py").write_text(method + snippet)
+    (tmp_path / "snippet.py").write_text(snippet)
     finish(start("snippet.py", tmp_path))

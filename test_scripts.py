@@ -172,6 +172,8 @@ def test_cluster():
 def test_files(tmp_path):
     texts = [(HERE / f"{name}.py").read_text() for name in FLAGS]
     assert len({text.split("\n# ---- From here")[1] for text in texts}) == 1
+    for requirement in re.findall('"([a-z]+>=.*?)"', "".join(texts)):
+        assert f"{requirement}\n" in (HERE / "requirements.txt").read_text()
     readme = (HERE / "README.md").read_text()
     snippet = re.search("```python\n(import multi.*?)```", readme, re.DOTALL)[1]
     (tmp_path / "snippet.py").write_text(snippet)

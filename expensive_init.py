@@ -69,7 +69,7 @@ def import_tensorflow(num_threads):
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ["TF_USE_LEGACY_KERAS"] = "0"
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # fatal errors alone
-    # While it is imported, TensorFlow writes four lines all the same.
+    # While it is imported, TensorFlow writes to stderr all the same.
     stderr = os.dup(2)
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 2)

@@ -39,7 +39,7 @@ spawn = multiprocessing.get_context("spawn")
 def add_arguments(add):
     add("--image-size", type=positive, default=3000, help="pixels a side")
     add("--filter-size", type=positive, default=4, help="pixels a side")
-    # Ray's object store takes some five passes to reach its steady speed.
+    # Ray's first passes can be slower than the later ones.
     add("--num-warmups", type=positive, default=5, help="passes before the trials")
 
 

@@ -63,13 +63,13 @@ def test_command_line(name, model, tmp_path):
     flags = f"{FLAGS[name]} --num-trials 2 --num-warmups 1 --json {tmp_path}/rows"
     output, error = finish(start(f"{HERE}/{name}.py {flags}", model))
     assert not re.search("tensorflow|cuda|token", error, re.IGNORECASE)
+    sizes = [flag.replace("-", "_") for flag in re.findall("--([a-z-]+)", FLAGS[name])]
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     for num_cpus in [1, 2] if name == "stateful" else [2]:
         table = [row for row in rows if row["num_cpus"] == num_cpus]
-        names = [row["implementation"] for row in table]
-        assert names == list(stateful.IMPLEMENTATIONS)
+        assert [row["implementation"] for row in table] == [*stateful.IMPLEMENTATIONS]
         for row in table:
-            assert set(FIELDS.split()) <= set(row)
+            assert {*FIELDS.split(), *sizes} <= set(row)
             assert row["result_sha256"] == table[0]["result_sha256"]
             one, two = row["trial_seconds"]
             assert row["mean_seconds"] == pytest.approx((one + two) / 2)
@@ -100,7 +100,7 @@ def test_expensive_init_answer(model, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     _, (_, labels) = save_model.make_synthetic_images()
     classifier = expensive_init.Classifier(str(model))
-    assert (classifier.classify(100, 900) == labels[100:900]).mean() > 0.8
+    assert (classifier.classify(100, 900) == labels[100:900]).mean() > 0.9
 
 
 def test_wrong_result(monkeypatch):

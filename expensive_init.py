@@ -1,29 +1,30 @@
 # /// script
 # requires-python = ">=3.10,<3.14"
-# dependencies = ["numpy>=1.26,<3", "psutil>=5.9", "ray>=2.60,<3", "tensorflow>=2.18,<3"]
+# dependencies = ["numpy>=1.26,<3", "psutil>=5.9", "ray>=2.9,<3", "tensorflow>=2.18,<3"]
 # ///
 # SPDX-License-Identifier: MIT-0
-"""Expensive initialization: classify images with a model that takes long to load.
+"""Expensive initialization: serial Python, multiprocessing and Ray classify images.
 
-  serial                 loads once; TensorFlow uses every core
-  multiprocessing        Pool.starmap, which loads in every call
-  multiprocessing-tuned  a Pool whose initializer loads, once per worker
-  ray                    an actor per worker, which loads when it starts
+  serial                 loads it once; TensorFlow uses every core
+  multiprocessing        Pool.starmap, which loads it in every call
+  multiprocessing-tuned  a Pool whose initializer loads it, once per worker
+  ray                    an actor per worker, which loads it when it starts
 
-Run: python save_model.py && python expensive_init.py (or uv run, with nothing but uv).
-Timed in a pass: sending positions, loading if calls do it, classifying, collecting labels.
+An implementation is a generator: it starts the workers, then does the whole job once a
+turn and yields the result to the loop that measures; closing it stops the workers.
+To copy it, keep the `with`, drop the loop and watch_workers, and return the result.
+
+Run save_model.py first. If RAY_ADDRESS is set, Ray joins it; each node needs the model.
+Timed in a pass: sending positions, loading in calls, classifying, collecting labels.
 """
 
 import argparse
 import contextlib
-import hashlib
-import importlib.metadata
 import itertools
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import platform
-import random
 import signal
 import statistics
 import sys
@@ -33,21 +34,17 @@ import time
 import numpy as np
 import psutil
 
-PACKAGES = ["keras", "keras-nightly", "numpy", "ray", "tensorflow", "tensorflow-cpu"]
-spawn = multiprocessing.get_context("spawn")
+TITLE = "Expensive initialization: classify images with a neural network"
+FLAGS = {
+    "--num-batches": (50, "batches per worker"),
+    "--batch-size": (1000, "images of a batch"),
+    "--num-warmups": (1, "passes before the trials"),
+}
+spawn = multiprocessing.get_context("spawn")  # a fork beside TensorFlow's threads hangs
 
 
-def add_arguments(add):
-    add("--num-batches", type=positive, default=20, help="batches per worker")
-    add("--batch-size", type=positive, default=1000, help="images of a batch")
-    add("--num-warmups", type=positive, default=1, help="passes before the trials")
-
-
-def make_inputs(args, num_cpus):
-    """Return the folder of model and images, and the batches: tuples (start, stop).
-
-    Exits if there is no model, or if a batch is larger than the images.
-    """
+def make_inputs(args):
+    """Return the files' folder and batches (start, stop); exit if there are too few."""
     folder = os.getcwd()  # an absolute path: on a cluster, every node looks there
     for name in ["model.keras", "images.npy"]:
         if not os.path.exists(os.path.join(folder, name)):
@@ -55,31 +52,37 @@ def make_inputs(args, num_cpus):
     num_images = len(np.load(os.path.join(folder, "images.npy"), mmap_mode="r"))
     if args.batch_size > num_images:
         sys.exit(f"--batch-size {args.batch_size}: images.npy has {num_images} images")
-    rng = random.Random(args.seed)
-    batches = []
-    for _ in range(num_cpus * args.num_batches):
-        start = rng.randrange(num_images - args.batch_size + 1)
-        batches.append((start, start + args.batch_size))
-    return folder, batches
+    rng = np.random.default_rng(args.seed)
+    num_batches = args.num_cpus * args.num_batches
+    starts = rng.integers(num_images - args.batch_size + 1, size=num_batches).tolist()
+    return folder, [(start, start + args.batch_size) for start in starts]
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """Discard what is written to descriptor 2 inside the block, unless it is closed."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def import_tensorflow(num_threads):
     """Import TensorFlow with num_threads threads (0: it decides), and return it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or each process claims every GPU
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    os.environ["TF_USE_LEGACY_KERAS"] = "0"
+    os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # fatal errors alone
-    # While it is imported, TensorFlow writes to stderr all the same.
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
+    with silent_stderr():  # it writes six lines all the same
         import tensorflow as tf
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
     tf.get_logger().setLevel("ERROR")
-    # Once TensorFlow runs, it accepts no other number.
     tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     tf.config.threading.set_inter_op_parallelism_threads(num_threads)
     return tf
@@ -98,34 +101,26 @@ class Classifier:
         return self.model.predict_on_batch(self.images[start:stop]).argmax(axis=1)
 
 
-def digest(result):
-    """Return the sha256, in hexadecimal, of a list of arrays."""
-    return hashlib.sha256(np.concatenate(result).tobytes()).hexdigest()
+def freeze(result):
+    """Return the bytes of a list of arrays, which can be compared in a set."""
+    return np.concatenate(result).tobytes()
 
 
-@contextlib.contextmanager  # sets up, yields the function that makes a pass, tidies up
 def serial(num_cpus, folder, batches):
     classifier = Classifier(folder, num_threads=0)
-
-    def run_pass():
-        return [classifier.classify(start, stop) for start, stop in batches]
-
-    yield run_pass
+    while True:
+        yield [classifier.classify(start, stop) for start, stop in batches]
 
 
 def load_and_classify(folder, start, stop):
     return Classifier(folder).classify(start, stop)
 
 
-@contextlib.contextmanager
 def plain_pool(num_cpus, folder, batches):
-    with spawn.Pool(num_cpus) as pool:
-
-        def run_pass():
+    with spawn.Pool(num_cpus) as pool, watch_workers():
+        while True:
             calls = [(folder, start, stop) for start, stop in batches]
-            return pool.starmap(load_and_classify, calls, chunksize=1)
-
-        yield run_pass
+            yield pool.starmap(load_and_classify, calls, chunksize=1)
 
 
 def load_classifier(folder):  # runs once in each worker
@@ -137,31 +132,24 @@ def classify_in_worker(start, stop):
     return worker_classifier.classify(start, stop)
 
 
-@contextlib.contextmanager
 def tuned_pool(num_cpus, folder, batches):
-    with spawn.Pool(num_cpus, load_classifier, [folder]) as pool:
-
-        def run_pass():
-            return pool.starmap(classify_in_worker, batches, chunksize=1)
-
-        yield run_pass
+    with spawn.Pool(num_cpus, load_classifier, [folder]) as pool, watch_workers():
+        while True:
+            yield pool.starmap(classify_in_worker, batches, chunksize=1)
 
 
-@contextlib.contextmanager
 def ray_actors(num_cpus, folder, batches):
-    with start_ray(num_cpus) as ray:
-        # An actor that dies is restarted, and its lost calls are repeated.
-        options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
-        actor_class = ray.remote(**options)(Classifier)
-        actors = [actor_class.remote(folder) for _ in range(num_cpus)]
+    import ray  # not at the top, since a Pool's workers import this file, too
 
-        def run_pass():
+    with ray.init(**ray_options(num_cpus)):
+        options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
+        classifier_class = ray.remote(**options)(Classifier)
+        actors = [classifier_class.remote(folder) for _ in range(num_cpus)]
+        while True:
             labels = []
             for actor, (start, stop) in zip(itertools.cycle(actors), batches):
                 labels.append(actor.classify.remote(start, stop))
-            return ray.get(labels)
-
-        yield run_pass
+            yield ray.get(labels)
 
 
 IMPLEMENTATIONS = {
@@ -172,141 +160,103 @@ IMPLEMENTATIONS = {
 }
 
 
-# ---- From here on the same in the three scripts: start Ray, measure, report ----
+# ---- From here on the same in the three scripts: measure, report, watch a Pool ----
+
+
+def ray_options(num_cpus):
+    """Return arguments for ray.init: join RAY_ADDRESS, or start Ray on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ["", "local"]:
+        return {"address": "local", "num_cpus": num_cpus, "logging_level": "WARNING"}
+    print(f"\nRay waits until {num_cpus} CPUs of the cluster are free", file=sys.stderr)
+    return {"address": address}
 
 
 @contextlib.contextmanager
-def start_ray(num_cpus):
-    """Yield the ray module, joined to the cluster of RAY_ADDRESS or started here."""
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    # Ray reads these as it is imported. 0: its workers use this Python, not a `uv run`
-    # of their own. token: the default, which Ray announces unless it is set.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    import ray  # not at the top, since a Pool's workers import this file, too
-
-    if sys.stderr is None:  # it was closed, and Ray does not start without it
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if address == "local":
-        with ray.init("local", num_cpus=num_cpus, logging_level="WARNING"):
-            yield ray
-    else:
-        with ray.init(address):
-            print(f"Waiting for {num_cpus} free CPUs in Ray's cluster", file=sys.stderr)
-            group = ray.util.placement_group([{"CPU": 1}] * num_cpus)
-            ray.get(group.ready())
-            ray.util.remove_placement_group(group)  # it was made only to wait
-            yield ray
-
-
-@contextlib.contextmanager
-def watch_pools():
-    """End the script if a Pool's worker dies, for which the Pool would wait for ever."""
-    workers = multiprocessing.active_children()  # of the Pools that run by now
+def watch_workers():
+    """End the script if a Pool's worker dies: the Pool would wait for it for ever."""
+    workers = multiprocessing.active_children()
     finished = threading.Event()
 
     def watch():
-        while not finished.wait(0.1):
-            exit_codes = {worker.exitcode for worker in workers} - {None}
-            if exit_codes:
-                print("A Pool's worker died, exit code", *exit_codes, file=sys.stderr)
-                print("(-9 mostly means that memory ran out)", file=sys.stderr)
-                for worker in multiprocessing.active_children():
-                    worker.kill()  # it may wait for a lock that the dead one held
-                os._exit(1)
+        multiprocessing.connection.wait([worker.sentinel for worker in workers])
+        if finished.is_set():
+            return
+        time.sleep(0.1)  # the Pool may be fetching the exit code at this moment
+        exit_codes = {worker.exitcode for worker in workers} - {None}
+        for worker in multiprocessing.active_children():
+            worker.kill()  # it may wait for a lock that the dead one held
+        with contextlib.suppress(OSError):  # if nobody reads it
+            print("\nA Pool's worker died, exit code", *exit_codes, file=sys.stderr)
+            print("(-9 mostly means that memory ran out)", file=sys.stderr)
+        os._exit(1)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         finished.set()
-        thread.join()
 
 
-def measure(name, num_cpus, inputs, args):
-    """Return the seconds of the first pass, those of the trials, and all digests."""
+def measure(implementation, inputs, args, results):
+    """Return the seconds of every pass, warm-ups too; add frozen results to a set."""
     seconds = []
-    digests = []
-    start = time.perf_counter()  # so the first pass includes all set-up
-    with IMPLEMENTATIONS[name](num_cpus, *inputs) as run_pass, watch_pools():
+    with contextlib.closing(implementation(args.num_cpus, *inputs)) as passes:
         for _ in range(args.num_warmups + args.num_trials):
-            result = run_pass()
-            seconds.append(time.perf_counter() - start)
-            digests.append(digest(result))
-            del result  # or the next pass is charged for freeing it
-            if sys.stdout and sys.stdout.isatty():
-                print(f"{name}: {len(seconds)} passes", end="\r", flush=True)
             start = time.perf_counter()
-    return seconds[0], seconds[args.num_warmups :], digests
-
-
-def compare(args, num_cpus, settings):
-    """Print a table for num_cpus workers; add its rows to the file of --json."""
-    inputs = make_inputs(args, num_cpus)
-    print(f"\n{num_cpus} workers, {args.num_trials} trials, {args.num_warmups} warmups")
-    print(f"{'seconds':22}{'first':>9}{'mean':>9}{'std':>9}{'speedup':>9}", flush=True)
-    means = []
-    results = set()
-    for name in args.implementations:
-        first, trials, digests = measure(name, num_cpus, inputs, args)
-        results.update(digests)
-        if len(results) > 1:
-            sys.exit(f"A result of {name} differs from {args.implementations[0]}'s")
-        mean = statistics.mean(trials)
-        std = statistics.stdev(trials) if len(trials) > 1 else 0.0
-        means.append(mean)
-        speedup = means[0] / mean
-        print(f"{name:22}{first:9.2f}{mean:9.3f}{std:9.3f}{speedup:8.2f}x", flush=True)
-        row = settings | {"implementation": name, "num_cpus": num_cpus}
-        row |= {"first_seconds": first, "trial_seconds": trials, "mean_seconds": mean}
-        row |= {"std_seconds": std, "speedup": speedup, "result_sha256": digests[0]}
-        with open(args.json, "a") as file:
-            print(json.dumps(row), file=file)
-    if len(args.implementations) > 1:
-        print("All results agree.")
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+            result = next(passes)  # the first one starts the workers, too
+            seconds.append(time.perf_counter() - start)
+            results.add(freeze(result))
+            del result  # or the next pass is charged for freeing it
+    return seconds
 
 
 def main():
-    title = __doc__.splitlines()[0]
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
         cores = min(cores, len(os.sched_getaffinity(0)))
-    names = list(IMPLEMENTATIONS)
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=title, formatter_class=formatter)
-    add = parser.add_argument
-    add("--implementations", nargs="+", choices=names, default=names, help="in order")
-    add("--num-cpus", nargs="+", type=positive, default=[cores], help="workers")
-    add("--num-trials", type=positive, default=5, help="timed passes")
-    add("--seed", type=int, default=0, help="for the inputs")
-    add("--json", metavar="FILE", default=os.devnull, help="to add JSON lines to")
-    add_arguments(add)
+    parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
+    names = list(IMPLEMENTATIONS)
+    parser.add_argument("--implementations", nargs="+", choices=names, default=names)
+    parser.add_argument("--num-cpus", type=int, default=cores, help="workers")
+    parser.add_argument("--num-trials", type=int, default=5, help="passes that count")
+    for flag, (default, text) in FLAGS.items():
+        parser.add_argument(flag, type=int, default=default, help=text)
+    parser.add_argument("--seed", type=int, default=0, help="for the inputs")
+    parser.add_argument("--json", default=os.devnull, help="file to add JSON lines to")
     args = parser.parse_args()
-    try:
-        open(args.json, "a").close()
-    except OSError as error:
-        parser.error(f"--json: {error}")
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    print(title)
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    settings = vars(args) | versions
-    settings["benchmark"] = os.path.basename(__file__).removesuffix(".py")
-    settings["platform"] = platform.platform()
-    del settings["implementations"], settings["json"]
-    for num_cpus in args.num_cpus:
-        compare(args, num_cpus, settings)
+    # Ray reads these when it is imported: no `uv run` in workers, no notice of tokens.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if sys.stderr is None:  # it was closed, and Ray does not start without it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    inputs = make_inputs(args)
+    print(f"{TITLE}, {args.num_cpus} workers")
+    python = platform.python_version()
+    print(f"{args.num_trials} trials, {args.num_warmups} warm-ups, Python {python}")
+    print("\nseconds                   first   median      min      max  speedup")
+    medians = []
+    results = set()
+    with open(args.json, "a") as file:
+        for name in args.implementations:
+            print(f"{name:22}", end="", flush=True)
+            seconds = measure(IMPLEMENTATIONS[name], inputs, args, results)
+            if len(results) > 1:
+                sys.exit(f"\n{name} and {args.implementations[0]} differ in a result")
+            trials = seconds[args.num_warmups :]
+            median = statistics.median(trials)
+            medians.append(median)
+            print(f"{seconds[0]:9.2f}{median:9.3f}{min(trials):9.3f}", end="")
+            print(f"{max(trials):9.3f}{medians[0] / median:8.2f}x")
+            row = vars(args) | {"implementation": name, "median_seconds": median}
+            row |= {"benchmark": parser.prog.removesuffix(".py"), "seconds": seconds}
+            row |= {"python": python, "platform": platform.platform()}
+            for package in {"numpy", "ray", "scipy", "tensorflow"} & sys.modules.keys():
+                row[package] = sys.modules[package].__version__
+            print(json.dumps(row), file=file, flush=True)
+    print("All results agree.")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@
   multiprocessing-tuned  a Pool whose initializer loads it, once per worker
   ray                    an actor per worker, which loads it when it starts
 
-An implementation is a generator: it starts the workers, then does the whole job once a
-turn and yields the result to the loop that measures; closing it stops the workers.
-To copy it, keep the `with`, drop the loop and watch_workers, and return the result.
+An implementation is a generator. Its first next() starts the workers; each next() does
+the whole job once and yields the result; close() leaves the `with`, which stops them.
+To copy one, keep the `with`, drop the loop and watch_workers, and return the result.
 
 Run save_model.py first. If RAY_ADDRESS is set, Ray joins it; each node needs the model.
 Timed in a pass: sending positions, loading in calls, classifying, collecting labels.
@@ -168,7 +168,7 @@ def ray_options(num_cpus):
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ["", "local"]:
         return {"address": "local", "num_cpus": num_cpus, "logging_level": "WARNING"}
-    print(f"\nRay waits until {num_cpus} CPUs of the cluster are free", file=sys.stderr)
+    print(f"\nRay joins {address} and needs {num_cpus} free CPUs", file=sys.stderr)
     return {"address": address}
 
 
@@ -180,9 +180,9 @@ def watch_workers():
 
     def watch():
         multiprocessing.connection.wait([worker.sentinel for worker in workers])
+        time.sleep(0.1)  # the Pool may be fetching the exit code, or Ctrl-C ends all
         if finished.is_set():
             return
-        time.sleep(0.1)  # the Pool may be fetching the exit code at this moment
         exit_codes = {worker.exitcode for worker in workers} - {None}
         for worker in multiprocessing.active_children():
             worker.kill()  # it may wait for a lock that the dead one held
@@ -228,7 +228,7 @@ def main():
     args = parser.parse_args()
     # Ray reads these when it is imported: no `uv run` in workers, no notice of tokens.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "") in ["", "local"]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if sys.stderr is None:  # it was closed, and Ray does not start without it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

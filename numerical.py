@@ -10,9 +10,9 @@
   multiprocessing-tuned  the image in shared memory, which every worker maps
   ray                    the image in Ray's object store, which every worker maps
 
-An implementation is a generator: it starts the workers, then does the whole job once a
-turn and yields the result to the loop that measures; closing it stops the workers.
-To copy it, keep the `with`, drop the loop and watch_workers, and return the result.
+An implementation is a generator. Its first next() starts the workers; each next() does
+the whole job once and yields the result; close() leaves the `with`, which stops them.
+To copy one, keep the `with`, drop the loop and watch_workers, and return the result.
 
 Run `python numerical.py` or `uv run numerical.py`. If RAY_ADDRESS is set, Ray joins it.
 Timed in a pass: shipping the image, filtering it, collecting the results.
@@ -38,7 +38,7 @@ TITLE = "Numerical data: filter one large image with one random filter per worke
 FLAGS = {
     "--image-size": (3000, "pixels a side"),
     "--filter-size": (4, "pixels a side"),
-    "--num-warmups": (5, "passes before the trials, as Ray's first can be slower"),
+    "--num-warmups": (5, "passes before the trials"),
 }
 spawn = multiprocessing.get_context("spawn")  # a fork beside threads can hang
 
@@ -54,7 +54,7 @@ def make_inputs(args):
 def filter_image(image, image_filter):
     """Convolve a float64 image with a filter; return every fifth pixel, both ways."""
     filtered = scipy.signal.convolve2d(image, image_filter)[::5, ::5]
-    return np.ascontiguousarray(filtered)  # which Ray returns without a copy
+    return np.ascontiguousarray(filtered)  # a view would keep all of it alive
 
 
 def freeze(result):
@@ -70,8 +70,7 @@ def serial(num_cpus, image, filters):
 def plain_pool(num_cpus, image, filters):
     with spawn.Pool(num_cpus) as pool, watch_workers():
         while True:
-            calls = [(image, f) for f in filters]
-            yield pool.starmap(filter_image, calls, chunksize=1)
+            yield pool.starmap(filter_image, [(image, f) for f in filters])
 
 
 def map_image(array, shape):  # runs once in each worker
@@ -88,7 +87,7 @@ def tuned_pool(num_cpus, image, filters):
     with spawn.Pool(num_cpus, map_image, (array, image.shape)) as pool, watch_workers():
         while True:
             np.frombuffer(array)[:] = image.ravel()
-            yield pool.map(filter_shared_image, filters, chunksize=1)
+            yield pool.map(filter_shared_image, filters)
 
 
 def ray_tasks(num_cpus, image, filters):
@@ -118,7 +117,7 @@ def ray_options(num_cpus):
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ["", "local"]:
         return {"address": "local", "num_cpus": num_cpus, "logging_level": "WARNING"}
-    print(f"\nRay waits until {num_cpus} CPUs of the cluster are free", file=sys.stderr)
+    print(f"\nRay joins {address} and needs {num_cpus} free CPUs", file=sys.stderr)
     return {"address": address}
 
 
@@ -130,9 +129,9 @@ def watch_workers():
 
     def watch():
         multiprocessing.connection.wait([worker.sentinel for worker in workers])
+        time.sleep(0.1)  # the Pool may be fetching the exit code, or Ctrl-C ends all
         if finished.is_set():
             return
-        time.sleep(0.1)  # the Pool may be fetching the exit code at this moment
         exit_codes = {worker.exitcode for worker in workers} - {None}
         for worker in multiprocessing.active_children():
             worker.kill()  # it may wait for a lock that the dead one held
@@ -178,7 +177,7 @@ def main():
     args = parser.parse_args()
     # Ray reads these when it is imported: no `uv run` in workers, no notice of tokens.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "") in ["", "local"]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if sys.stderr is None:  # it was closed, and Ray does not start without it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

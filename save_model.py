@@ -69,7 +69,7 @@ def train(tf, images, labels):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train the model, save it with images")
     parser.add_argument("--num-images", type=int, help="train on fewer (default: all)")
     num_images = parser.parse_args().num_images
     tf = import_tensorflow()

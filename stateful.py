@@ -10,9 +10,9 @@
   multiprocessing-tuned  a Pool of one process per worker, which keeps its counts
   ray                    an actor per worker, which keeps its counts
 
-An implementation is a generator: it starts the workers, then does the whole job once a
-turn and yields the result to the loop that measures; closing it stops the workers.
-To copy it, keep the `with`, drop the loop and watch_workers, and return the result.
+An implementation is a generator. Its first next() starts the workers; each next() does
+the whole job once and yields the result; close() leaves the `with`, which stops them.
+To copy one, keep the `with`, drop the loop and watch_workers, and return the result.
 
 Run `python stateful.py` or `uv run stateful.py`. If RAY_ADDRESS is set, Ray joins it.
 Timed in a pass: sending the words, counting from zero, collecting the popular prefixes.
@@ -92,10 +92,10 @@ def serial(num_cpus, batches):
 
 
 def add_words(counts, words):
-    """Return a dict of counts with the words added; a dict pickles fastest."""
+    """Return the counts, a dict, with the words added."""
     counter = PrefixCounter(counts)
     counter.add(words)
-    return dict(counter.counts)
+    return dict(counter.counts)  # which pickles faster than a Counter
 
 
 def plain_pool(num_cpus, batches):
@@ -103,8 +103,8 @@ def plain_pool(num_cpus, batches):
         while True:
             counts = [{} for _ in range(num_cpus)]
             for documents in batches:
-                calls = zip(counts, split(documents, num_cpus))
-                counts = pool.starmap(add_words, calls, chunksize=1)
+                shares = split(documents, num_cpus)
+                counts = pool.starmap(add_words, zip(counts, shares))
             popular = [PrefixCounter(c).pop_popular() for c in counts]
             del counts  # or the next pass is charged for freeing them
             yield set().union(*popular)
@@ -168,7 +168,7 @@ def ray_options(num_cpus):
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ["", "local"]:
         return {"address": "local", "num_cpus": num_cpus, "logging_level": "WARNING"}
-    print(f"\nRay waits until {num_cpus} CPUs of the cluster are free", file=sys.stderr)
+    print(f"\nRay joins {address} and needs {num_cpus} free CPUs", file=sys.stderr)
     return {"address": address}
 
 
@@ -180,9 +180,9 @@ def watch_workers():
 
     def watch():
         multiprocessing.connection.wait([worker.sentinel for worker in workers])
+        time.sleep(0.1)  # the Pool may be fetching the exit code, or Ctrl-C ends all
         if finished.is_set():
             return
-        time.sleep(0.1)  # the Pool may be fetching the exit code at this moment
         exit_codes = {worker.exitcode for worker in workers} - {None}
         for worker in multiprocessing.active_children():
             worker.kill()  # it may wait for a lock that the dead one held
@@ -228,7 +228,7 @@ def main():
     args = parser.parse_args()
     # Ray reads these when it is imported: no `uv run` in workers, no notice of tokens.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "") in ["", "local"]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if sys.stderr is None:  # it was closed, and Ray does not start without it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

@@ -1,5 +1,6 @@
 """Tests of the real scripts at reduced size. README.md has the command."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import zipfile
+import time
 
 import numpy as np
 import psutil
@@ -20,161 +21,199 @@ import save_model
 import stateful
 
 HERE = pathlib.Path(__file__).resolve().parent
-FLAGS = {
-    "numerical": "--image-size 90 --num-cpus 2",
-    "stateful": "--words-per-document 900 --word-length 5 --num-cpus 1 2",
-    "expensive_init": "--num-batches 1 --batch-size 400 --num-cpus 2",
+SIZES = {
+    numerical: {"num_cpus": 3, "image_size": 90, "filter_size": 3},
+    stateful: {"num_cpus": 3, "words_per_document": 40, "word_length": 3},
+    expensive_init: {"num_cpus": 3, "num_batches": 2, "batch_size": 100},
 }
-FIELDS = "benchmark first_seconds num_trials num_warmups seed python platform ray"
-pytestmark = pytest.mark.timeout(60)  # seconds
-ENVIRONMENT = os.environ | {"KERAS_BACKEND": "jax", "TF_USE_LEGACY_KERAS": "1"}
-ENVIRONMENT |= {"PYTHONIOENCODING": "ascii", "RAY_ADDRESS": ""}
+ENVIRONMENT = {"RAY_ADDRESS": "", "KERAS_BACKEND": "jax", "TF_USE_LEGACY_KERAS": "1"}
+ENVIRONMENT |= {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(HERE)}
+each_script = pytest.mark.parametrize("script", SIZES, ids=lambda each: each.__name__)
+pytestmark = pytest.mark.timeout(200, func_only=True)  # seconds, without the fixture
 signal.signal(signal.SIGINT, signal.default_int_handler)  # or `&` has it ignored
 
 
-def start(command, folder=HERE, stdout=subprocess.PIPE, **environment):
-    """Start Python in a process group of its own, as a terminal does."""
-    options = {"cwd": folder, "env": ENVIRONMENT | environment, "text": True}
-    options |= {"stdout": stdout, "stderr": subprocess.PIPE, "start_new_session": True}
-    return subprocess.Popen([sys.executable, *command.split()], **options)
+@pytest.fixture(autouse=True, scope="session")
+def model(tmp_path_factory):
+    """Make a model, as on a closed network, in a folder where all tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.chdir(tmp_path_factory.mktemp("model"))
+        run(
+            "save_model.py --num-images 4000", KERAS_HOME=".", https_proxy="127.0.0.1:9"
+        )
+        yield
 
 
-def finish(process, status=0):
+def start(command, **environment):
+    """Start a script, without docstrings, in a process group of its own."""
+    command = f"exec '{sys.executable}' -OO '{HERE}'/{command}"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"start_new_session": True, "env": os.environ | environment}
+    return subprocess.Popen(["bash", "-c", command], **options)
+
+
+def run(command, status=0, **environment):
+    process = start(command, **environment)
     output, error = process.communicate()
     assert process.returncode == status, output + error
     return output, error
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Return a folder in which save_model.py ran twice, as on a closed network."""
-    folders = [tmp_path_factory.mktemp("model") for _ in range(2)]
-    closed = {"KERAS_HOME": str(folders[0]), "https_proxy": "http://127.0.0.1:9"}
-    command = f"{HERE}/save_model.py --num-images 4000"
-    for run in [start(command, folder, **closed) for folder in folders]:
-        finish(run)
-    models = [zipfile.ZipFile(folder / "model.keras") for folder in folders]
-    assert len({each.read("model.weights.h5") for each in models}) == 1
-    return folders[0]
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_command_line(name, model, tmp_path):
-    flags = f"{FLAGS[name]} --num-trials 2 --num-warmups 1 --json {tmp_path}/rows"
-    output, error = finish(start(f"{HERE}/{name}.py {flags}", model))
-    assert not re.search("tensorflow|cuda|token", error, re.IGNORECASE)
-    sizes = [flag.replace("-", "_") for flag in re.findall("--([a-z-]+)", FLAGS[name])]
-    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    for num_cpus in [1, 2] if name == "stateful" else [2]:
-        table = [row for row in rows if row["num_cpus"] == num_cpus]
-        assert [row["implementation"] for row in table] == [*stateful.IMPLEMENTATIONS]
-        for row in table:
-            assert {*FIELDS.split(), *sizes} <= set(row)
-            assert row["result_sha256"] == table[0]["result_sha256"]
-            one, two = row["trial_seconds"]
-            assert row["mean_seconds"] == pytest.approx((one + two) / 2)
-            assert row["std_seconds"] == pytest.approx(abs(one - two) / 2**0.5)
-            assert row["speedup"] == table[0]["mean_seconds"] / row["mean_seconds"]
-            line = "^{implementation} .* {mean_seconds:.3f} .* {speedup:.2f}x$"
-            assert re.search(line.format(**row), output, re.MULTILINE)
+def check_table(output, path):
+    """Compare a printed table with the rows in a JSON file, and return them."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        trials = row["seconds"][row["num_warmups"] :]
+        assert len(trials) == row["num_trials"]
+        median = row["median_seconds"]
+        assert median == np.median(trials)
+        line = f"{row['implementation']:22}{row['seconds'][0]:9.2f}{median:9.3f}"
+        line += f"{min(trials):9.3f}{max(trials):9.3f}"
+        assert f"\n{line}{rows[0]['median_seconds'] / median:8.2f}x\n" in output
     assert output.endswith("All results agree.\n")
+    return rows
 
 
-def test_numerical_answer():
+@each_script
+def test_command_line(script, tmp_path):
+    fields = SIZES[script] | {"num_trials": 2, "num_warmups": 1, "seed": 5}
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in fields.items()]
+    command = f"{script.__name__}.py {' '.join(flags)} --json {tmp_path}/rows"
+    output, error = run(command)
+    assert not re.search("tensorflow|cuda|token", error, re.IGNORECASE)
+    rows = check_table(output, tmp_path / "rows")
+    assert [row["implementation"] for row in rows] == list(script.IMPLEMENTATIONS)
+    for row in rows:
+        assert row.items() >= (fields | {"benchmark": script.__name__}).items()
+    run(f"{command} --implementations multiprocessing ray <&- >&- 2>&-")  # all closed
+
+
+def test_measurement(monkeypatch, tmp_path, capsys):
+    naps = {"one": [1, 0.1, 0.3, 0.5, 0.1], "two": [0.6, 0.2, 0.2, 0.1, 0]}  # seconds
+
+    def nap(name):
+        for seconds in naps[name]:
+            time.sleep(seconds)
+            yield name
+
+    implementations = {"one": lambda _: nap("one"), "two": lambda _: nap("two")}
+    monkeypatch.setattr(numerical, "IMPLEMENTATIONS", implementations)
+    monkeypatch.setattr(numerical, "make_inputs", lambda args: [])
+    monkeypatch.setattr(numerical, "freeze", lambda result: time.sleep(0.5))  # untimed
+    flags = f"--num-warmups 2 --num-trials 3 --json {tmp_path}/rows"
+    monkeypatch.setattr(sys, "argv", ["numerical.py", *flags.split()])
+    numerical.main()
+    for row in check_table(capsys.readouterr().out, tmp_path / "rows"):
+        for slept, seconds in zip(naps[row["implementation"]], row["seconds"]):
+            assert slept <= seconds < slept + 0.4
+    monkeypatch.setattr(numerical, "freeze", str)
+    with pytest.raises(SystemExit, match="two and one differ"):
+        numerical.main()
+
+
+def arrive(folder, value):
+    """Note the process in a folder, wait for those of two more, return the value."""
+    (folder / str(os.getpid())).touch()
+    while len(os.listdir(folder)) < 3:
+        time.sleep(0.01)
+    return value
+
+
+def spy_on(value, folder):
+    """Return the value, or lists of values, that arrive where they are unpickled."""
+    if isinstance(value, (list, tuple)):
+        return [spy_on(each, folder) for each in value]
+    reduce = {"__reduce_ex__": lambda self, protocol: (arrive, (folder, value))}
+    spy = type("Spy", (type(value),), reduce)
+    return value.view(spy) if isinstance(value, np.ndarray) else spy(value)
+
+
+@each_script
+def test_workers(script, tmp_path):
+    """All workers asked for share the work; each pass ships its inputs; seeds matter."""
+    results = set()
+    for name, implementation in script.IMPLEMENTATIONS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        args = argparse.Namespace(seed=0, num_documents=9, **SIZES[script])
+        *first, pieces = script.make_inputs(args)
+        inputs = [*first, spy_on(list(pieces), folder)]
+        args.seed = 1
+        with contextlib.closing(implementation(3, *inputs)) as passes:
+            one = script.freeze(next(passes))
+            for old, new in zip(inputs, script.make_inputs(args)):
+                if not isinstance(old, str):
+                    old[:] = new
+            two = script.freeze(next(passes))
+        assert one != two
+        results.add((one, two))
+        assert len(os.listdir(folder)) == (0 if name == "serial" else 3)
+    assert len(results) == 1
+
+
+def test_answers():
     image, image_filter = np.random.default_rng(1).random((2, 33, 33))
     spectrum = np.fft.rfft2(image, (65, 65)) * np.fft.rfft2(image_filter, (65, 65))
     expected = np.fft.irfft2(spectrum, (65, 65))[::5, ::5]  # a convolution is a product
     np.testing.assert_allclose(numerical.filter_image(image, image_filter), expected)
 
-
-def test_stateful_answer():
-    words = [np.random.default_rng(seed).bytes(5) for seed in range(500)]
-    prefixes = [word[:end] for word in words for end in range(1, 5)]
-    counter = stateful.PrefixCounter()
-    counter.add(words)
+    letters = np.random.default_rng(1).choice([b"a", b"b"], (100, 5))
+    words = [word.tobytes() for word in letters]
+    prefixes = [word[:end] for word in words for end in [1, 2, 3, 4]]
     expected = {prefix for prefix in prefixes if prefixes.count(prefix) > 3}
-    assert counter.pop_popular() == expected
+    assert {len(prefix) for prefix in expected} == {1, 2, 3, 4}
+    assert next(stateful.serial(1, [[words[:60]], [words[60:]]])) == expected
 
-
-def test_expensive_init_answer(model, monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ.copy())
     _, (_, labels) = save_model.make_synthetic_images()
-    classifier = expensive_init.Classifier(str(model))
-    assert (classifier.classify(100, 900) == labels[100:900]).mean() > 0.9
+    (result,) = next(expensive_init.serial(1, os.getcwd(), [(100, 900)]))
+    assert (result == labels[100:900]).mean() > 0.9
 
 
-def test_wrong_result(monkeypatch):
-    wrong = contextlib.nullcontext(lambda: [np.zeros(1)])
-    monkeypatch.setitem(numerical.IMPLEMENTATIONS, "multiprocessing", lambda *_: wrong)
-    monkeypatch.setattr(sys, "argv", ["numerical.py", "--image-size", "33"])
-    with pytest.raises(SystemExit, match="multiprocessing differs from serial's"):
-        numerical.main()
+def is_busy(process):
+    """Return whether a process is a worker that has computed for a second."""
+    with contextlib.suppress(psutil.Error):  # it has ended
+        is_worker = re.search(r"--multi|::[CP]\w+\.", str(process.cmdline()))
+        return is_worker and process.cpu_times().user > 1
 
 
-@pytest.mark.parametrize(
-    ("command", "victim", "name", "status", "words"),
-    [
-        ("stateful.py --impl multiprocessing-tuned", "worker", "SIGKILL", 1, "code -9"),
-        ("stateful.py --impl multiprocessing-tuned", "script", "SIGKILL", -9, ""),
-        ("stateful.py --impl multiprocessing-tuned", "all", "SIGINT", -2, "Interrupt"),
-        ("stateful.py --impl ray", "all", "SIGINT", -2, "Interrupt"),
-        ("expensive_init.py --impl ray", "worker", "SIGKILL", 0, ""),
-    ],
-)
-def test_ends(command, victim, name, status, words, model):
-    controller, terminal = os.openpty()
-    process = start(f"{HERE}/{command} --num-trials 9", model, stdout=terminal)
-    os.close(terminal)
-    while b"passes" not in os.read(controller, 1000):  # fails if the script has ended
-        pass
-    family = psutil.Process(process.pid).children(recursive=True)
-    pids = {"script": process.pid, "all": -process.pid}
-    for child in family:
-        if re.search("spawn_main|ray::Classifier", str(child.cmdline())):
-            pids["worker"] = child.pid
-    os.kill(pids[victim], signal.Signals[name])
-    _, error = finish(process, status)
+ENDS = [
+    ("numerical.py --impl multiprocessing", "worker", 9, 1, "code -9"),
+    ("stateful.py --impl multiprocessing 2>&1 | head -1", "worker", 15, 0, ""),
+    ("stateful.py --impl multiprocessing-tuned", "all", 2, -2, "Interrupt"),
+    ("stateful.py --impl ray", "worker", 9, 1, "ActorDied"),
+    ("expensive_init.py --impl ray", "worker", 9, 0, ""),
+]
+
+
+@pytest.mark.parametrize(("command", "victim", "number", "status", "words"), ENDS)
+def test_ends(command, victim, number, status, words):
+    process = start(command)
+    busy = []
+    while len(busy) < 2:  # workers that have computed for a second
+        family = psutil.Process(process.pid).children(recursive=True)
+        busy = [child for child in family if is_busy(child)]
+    os.kill(busy[0].pid if victim == "worker" else -process.pid, number)
+    _, error = process.communicate()
+    assert process.returncode == status, error
     assert words in error
-    assert error.count("Traceback") <= 1
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []
+    assert victim == "worker" or error.count("Traceback") == 1
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert {each.status() for each in alive} <= {psutil.STATUS_ZOMBIE}
 
 
-def test_mistakes(model, tmp_path):
-    for flags in ["--num-cpus 0", "--num-warmups 0", "--json /nowhere/x"]:
-        _, error = finish(start(f"stateful.py {flags}"), 2)
-        assert "stateful.py: error: " in error
-    _, error = finish(start(f"{HERE}/expensive_init.py", tmp_path), 1)
-    assert error.endswith("run save_model.py first\n")
-    _, error = finish(start(f"{HERE}/expensive_init.py --batch-size 10001", model), 1)
-    assert error.endswith("images.npy has 10000 images\n")
-
-
-def test_cluster():
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-    command = "-m ray.scripts.scripts start --block --num-cpus"
-    folder = f"/tmp/ray/test_{os.getpid()}"  # not the one in which others look
-    head = start(f"{command} 2 --head --port 0 --temp-dir {folder}", **token)
-    address = next(line for line in head.stdout if "--address=" in line).split("'")[1]
-    node = start(f"{command} 1 --address {address}", **token)
-    try:
-        command = "stateful.py --words-per-document 90 --num-cpus 3 --impl serial ray"
-        output, error = finish(start(command, RAY_ADDRESS=address, **token))
-        assert "Waiting for 3 free CPUs" in error
-        assert output.endswith("All results agree.\n")
-        assert head.poll() is node.poll() is None
-    finally:
-        for each in [node, head]:
-            each.terminate()
-            each.communicate()
+def test_mistakes(monkeypatch, tmp_path):
+    assert run("expensive_init.py --batch-size 10001", 1)[1].endswith("10000 images\n")
+    monkeypatch.chdir(tmp_path)
+    assert run("expensive_init.py", 1)[1].endswith("run save_model.py first\n")
 
 
 def test_files(tmp_path):
-    texts = [(HERE / f"{name}.py").read_text() for name in FLAGS]
+    texts = [(HERE / f"{script.__name__}.py").read_text() for script in SIZES]
     assert len({text.split("\n# ---- From here")[1] for text in texts}) == 1
-    for requirement in re.findall('"([a-z]+>=.*?)"', "".join(texts)):
-        assert f"{requirement}\n" in (HERE / "requirements.txt").read_text()
-    readme = (HERE / "README.md").read_text()
-    snippet = re.search("```python\n(import multi.*?)```", readme, re.DOTALL)[1]
+    requirements = re.findall('"([a-z]+>=.*?)"', "".join(texts))
+    assert set(requirements) <= set((HERE / "requirements.txt").read_text().split("\n"))
+    _, snippet, *_ = re.split("```python\n|```\n", (HERE / "README.md").read_text())
     (tmp_path / "snippet.py").write_text(snippet)
-    finish(start("snippet.py", tmp_path))
+    subprocess.run([sys.executable, tmp_path / "snippet.py"], check=True)

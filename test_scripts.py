@@ -1,6 +1,5 @@
 """Tests of the real scripts at reduced size. README.md has the command."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -43,7 +42,6 @@ def model(tmp_path_factory):
 
 
 def start(command, **environment):
-    """Start a script, without docstrings, in a process group of its own."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     options |= {"start_new_session": True, "env": os.environ | environment}
     command = f"exec '{sys.executable}' -OO '{HERE}'/{command}"
@@ -57,7 +55,6 @@ def finish(process, status=0):
 
 
 def check_table(output, path):
-    """Compare a printed table with the rows in its JSON file, and return these."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         trials = row["seconds"][row["num_warmups"] :]
@@ -126,7 +123,7 @@ def test_workers(script, tmp_path):
     for name, implementation in script.IMPLEMENTATIONS.items():
         folder = tmp_path / name
         folder.mkdir()
-        args = argparse.Namespace(seed=0, num_documents=9, **SIZES[script])
+        args = mock.Mock(seed=0, num_documents=9, **SIZES[script])
         *first, pieces = script.make_inputs(args)
         inputs = [*first, spy_on(pieces, folder)]
         args.seed = 1
@@ -185,6 +182,9 @@ def test_ends(command, number, status, words):
     assert {each.status() for each in alive} <= {psutil.STATUS_ZOMBIE}
 
 
-def test_identical_part():
+def test_files(tmp_path):
     texts = [(HERE / f"{script.__name__}.py").read_text() for script in SIZES]
     assert len({text.split("\n# ---- From here")[1] for text in texts}) == 1
+    snippet = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "snippet.py").write_text(snippet)
+    subprocess.run([sys.executable, tmp_path / "snippet.py"], check=True)

@@ -29,12 +29,13 @@ def print_table(rows, key, value):
 rows = pd.read_json(sys.argv[1], lines=True)
 rows["benchmark"] = pd.Categorical(rows["benchmark"], BENCHMARKS)
 rows["first"] = rows["seconds"].str[0]
+rows["milliseconds"] = rows["median_seconds"] * 1000
 rows["megabytes"] = rows["image_size"] ** 2 * 8 / 1e6
 defaults = rows[rows["filter_size"] != 1]
 sizes = rows[(rows["filter_size"] == 1) & (rows["num_cpus"] == 2)]
 print_table(defaults, "num_cpus", "median_seconds")
 print_table(defaults, "num_cpus", "first")
-print_table(sizes, "megabytes", "median_seconds")
+print_table(sizes, "megabytes", "milliseconds")
 print_table(rows[rows["num_cpus"] > 2], "num_cpus", "median_seconds")
 
 figure, panels = plt.subplots(4, figsize=(5, 9), height_ratios=[1, 1, 1, 2])
@@ -47,13 +48,12 @@ for (benchmark, name), table in defaults.groupby(["benchmark", "implementation"]
         panel.plot(runs.median(), height, "o", color=COLOURS[name])
     panel.set(title=f"{benchmark}.py, seconds a pass", xscale="log", ylim=(14, 4))
     panel.set_yticks([6.5, 11.5], ["1 worker", "2 workers"])
+    panel.xaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 5]))
 for name, colour in COLOURS.items():
-    runs = sizes[sizes["implementation"] == name].groupby("megabytes")["median_seconds"]
-    panels[3].plot(runs.median(), "o-", color=colour, label=name)
-panels[3].set(title="numerical.py with filters of one pixel, 2 workers")
-panels[3].set(xscale="log", yscale="log", xlabel="megabytes", ylabel="seconds a pass")
+    runs = sizes[sizes["implementation"] == name].groupby("megabytes")["milliseconds"]
+    panels[3].loglog(runs.median(), "o-", color=colour, label=name)
+panels[3].set(title="numerical.py, one-pixel filters, milliseconds a pass", xlabel="MB")
 for axis in [panels[3].yaxis, *[panel.xaxis for panel in panels]]:
-    axis.set_major_locator(plt.LogLocator(subs=[1, 2, 5]))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 figure.legend(loc="outside lower center", ncols=2)

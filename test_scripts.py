@@ -71,14 +71,14 @@ def check_table(output, path):
 def test_command_line(script, tmp_path):
     fields = SIZES[script] | {"num_trials": 2, "num_warmups": 1, "seed": 5}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in fields.items()]
-    command = f"{script.__name__}.py {' '.join(flags)} --json {tmp_path}/rows"
-    output, error = finish(start(command))
+    call = f"{script.__name__}.py {' '.join(flags)} --json {tmp_path}/rows"
+    output, error = finish(start(call))
     assert not re.search("tensorflow|cuda|token", error, re.IGNORECASE)
     rows = check_table(output, tmp_path / "rows")
-    assert [row["implementation"] for row in rows] == list(script.IMPLEMENTATIONS)
+    assert [row["implementation"] for row in rows] == [*script.IMPLEMENTATIONS]
     for row in rows:
         assert row.items() >= (fields | {"benchmark": script.__name__}).items()
-    finish(start(f"{command} --implementations multiprocessing ray <&- >&- 2>&-"))
+    finish(start(f"{call} --num-t 1 --num-w 0 --impl multiprocessing ray <&- >&- 2>&-"))
 
 
 def test_measurement(monkeypatch, tmp_path, capsys):

@@ -33,8 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # or `&` has it ignore
 
 
 @pytest.fixture(autouse=True, scope="session")
-def model(tmp_path_factory):
-    """Make a model, as on a closed network, in a folder where all tests run."""
+def model(tmp_path_factory):  # made as on a closed network; all tests run beside it
     with mock.patch.dict(os.environ, ENVIRONMENT), pytest.MonkeyPatch.context() as mp:
         mp.chdir(tmp_path_factory.mktemp("model"))
         finish(start("save_model.py --num 4000", KERAS_HOME=".", https_proxy="none:9"))
@@ -103,13 +102,13 @@ def test_measurement(monkeypatch, tmp_path, capsys):
 
 def arrive(folder, value):
     (folder / str(os.getpid())).touch()
-    while len(os.listdir(folder)) < 3:  # until all workers have come
-        time.sleep(0.01)
+    deadline = time.monotonic() + 60
+    while len(os.listdir(folder)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)  # until all workers have come
     return value
 
 
-def spy_on(value, folder):
-    """Return the value, or lists of values, that arrive where they are unpickled."""
+def spy_on(value, folder):  # returns it, such that it arrives where it is unpickled
     if isinstance(value, (list, tuple, np.ndarray)):
         return [spy_on(each, folder) for each in value]
     reduce = {"__reduce_ex__": lambda self, protocol: (arrive, (folder, value))}
@@ -155,9 +154,9 @@ def test_answers():
 
 
 ENDS = [
-    ("numerical.py --impl multiprocessing", 9, 1, "code -9"),
+    ("numerical.py --num-t 99 --impl multiprocessing", 9, 1, "code -9"),
     ("stateful.py --impl multiprocessing 2>&1 | head -1", 15, 0, ""),
-    ("stateful.py --impl multiprocessing-tuned", 2, -2, "KeyboardInterrupt"),
+    ("stateful.py --num-t 99 --impl multiprocessing-tuned", 2, -2, "KeyboardInterrupt"),
     ("expensive_init.py --impl ray", 9, 0, ""),
 ]
 
@@ -168,6 +167,7 @@ def test_ends(command, number, status, words):
     worker = None
     while worker is None:
         time.sleep(0.1)
+        assert process.poll() is None, finish(process)
         family = psutil.Process(process.pid).children(recursive=True)
         for child in family:
             with contextlib.suppress(psutil.Error):  # it has just ended

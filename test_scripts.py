@@ -68,7 +68,7 @@ def check_table(output, path):
 
 @each_script
 def test_command_line(script, tmp_path):
-    fields = SIZES[script] | {"num_trials": 2, "num_warmups": 1, "seed": 5}
+    fields = SIZES[script] | {"num_cpus": 2, "num_trials": 2, "seed": 5}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in fields.items()]
     call = f"{script.__name__}.py {' '.join(flags)} --json {tmp_path}/rows"
     output, error = finish(start(call))

@@ -3,28 +3,29 @@
 # dependencies = ["numpy>=1.26,<3", "psutil>=5.9", "ray>=2.9,<3", "tensorflow>=2.18,<3"]
 # ///
 # SPDX-License-Identifier: MIT-0
-"""Expensive initialization: serial Python, multiprocessing and Ray classify images.
+"""Expensive initialization: classify images with serial Python, multiprocessing and Ray.
 
-  serial                 loads it once; TensorFlow uses every core
-  multiprocessing        Pool.starmap, which loads it in every call
-  multiprocessing-tuned  a Pool whose initializer loads it, once per worker
-  ray                    an actor per worker, which loads it when it starts
+  serial                 loads the model once, and uses one thread per worker
+  multiprocessing_naive  loads the model in every call
+  multiprocessing_tuned  loads the model once per worker, in the Pool's initializer
+  ray_naive              loads the model in every call
+  ray_tuned              loads the model once per worker, in an actor
 
-An implementation is a generator. Its first next() starts the workers; each next() does
-the whole job once and yields the result; close() leaves the `with`, which stops them.
-To copy one, keep the `with`, drop the loop and watch_workers, and return the result.
+Each function starts its workers, then loops `for _ in passes`, which times each pass:
+send positions, classify, collect the labels. The first pass includes the start.
 
-Run save_model.py first. If RAY_ADDRESS is set, Ray joins it; each node needs the model.
-Timed in a pass: sending positions, loading in calls, classifying, collecting labels.
+To reuse a function, copy it with what it uses, replace the loop with its body, and call
+it under `if __name__ == "__main__":`. Ray needs only ray.init(num_cpus=num_cpus).
+
+Run save_model.py first, then `python expensive_init.py`. Ray starts on this machine, or
+joins the cluster at RAY_ADDRESS if set; then each node needs the model in this folder.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -35,21 +36,21 @@ import numpy as np
 import psutil
 
 TITLE = "Expensive initialization: classify images with a neural network"
-FLAGS = {
-    "--num-batches": (50, "batches per worker"),
-    "--batch-size": (1000, "images of a batch"),
-    "--num-warmups": (1, "passes before the trials"),
-}
-spawn = multiprocessing.get_context("spawn")  # a fork beside TensorFlow's threads hangs
+mp = multiprocessing.get_context("spawn")  # fork is unsafe with threads
+
+
+def add_arguments(parser):
+    parser.add_argument("--num-batches", type=int, default=20, help="per worker")
+    parser.add_argument("--batch-size", type=int, default=1000, help="images per batch")
 
 
 def make_inputs(args):
-    """Return the files' folder and batches (start, stop); exit if there are too few."""
-    folder = os.getcwd()  # an absolute path: on a cluster, every node looks there
+    """Return the files' folder and batches (start, stop); exit if something lacks."""
+    folder = os.getcwd()
     for name in ["model.keras", "images.npy"]:
-        if not os.path.exists(os.path.join(folder, name)):
+        if not os.path.exists(name):
             sys.exit(f"{name} is not in this folder: run save_model.py first")
-    num_images = len(np.load(os.path.join(folder, "images.npy"), mmap_mode="r"))
+    num_images = len(np.load("images.npy", mmap_mode="r"))
     if args.batch_size > num_images:
         sys.exit(f"--batch-size {args.batch_size}: images.npy has {num_images} images")
     rng = np.random.default_rng(args.seed)
@@ -58,31 +59,26 @@ def make_inputs(args):
     return folder, [(start, start + args.batch_size) for start in starts]
 
 
-@contextlib.contextmanager
-def silent_stderr():
-    """Discard what is written to descriptor 2 inside the block, unless it is closed."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    with open(os.devnull, "w") as devnull:
-        os.dup2(devnull.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+def freeze(results):
+    """Return the bytes of a list of arrays, for comparison."""
+    return np.concatenate(results).tobytes()
 
 
 def import_tensorflow(num_threads):
-    """Import TensorFlow with num_threads threads (0: it decides), and return it."""
+    """Import TensorFlow for the CPU, to use num_threads threads, and return it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or each process claims every GPU
-    os.environ |= {"KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0"}
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # fatal errors alone
-    with silent_stderr():  # it writes six lines all the same
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ["TF_USE_LEGACY_KERAS"] = "0"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # fatal errors only
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:  # it writes six lines all the same
+        os.dup2(devnull.fileno(), 2)
+    try:
         import tensorflow as tf
-    tf.get_logger().setLevel("ERROR")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    tf.get_logger().setLevel("ERROR")  # no advice against loading in every call
     tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     tf.config.threading.set_inter_op_parallelism_threads(num_threads)
     return tf
@@ -101,26 +97,23 @@ class Classifier:
         return self.model.predict_on_batch(self.images[start:stop]).argmax(axis=1)
 
 
-def freeze(result):
-    """Return the bytes of a list of arrays, which can be compared in a set."""
-    return np.concatenate(result).tobytes()
-
-
-def serial(num_cpus, folder, batches):
-    classifier = Classifier(folder, num_threads=0)
-    while True:
-        yield [classifier.classify(start, stop) for start, stop in batches]
+def serial(passes, num_cpus, folder, batches):
+    classifier = Classifier(folder, num_threads=num_cpus)
+    for _ in passes:
+        results = [classifier.classify(start, stop) for start, stop in batches]
+    return results
 
 
 def load_and_classify(folder, start, stop):
     return Classifier(folder).classify(start, stop)
 
 
-def plain_pool(num_cpus, folder, batches):
-    with spawn.Pool(num_cpus) as pool, watch_workers():
-        while True:
+def multiprocessing_naive(passes, num_cpus, folder, batches):
+    with mp.Pool(num_cpus) as pool:
+        for _ in passes:
             calls = [(folder, start, stop) for start, stop in batches]
-            yield pool.starmap(load_and_classify, calls, chunksize=1)
+            results = pool.starmap(load_and_classify, calls, chunksize=1)
+    return results
 
 
 def load_classifier(folder):  # runs once in each worker
@@ -128,138 +121,146 @@ def load_classifier(folder):  # runs once in each worker
     worker_classifier = Classifier(folder)
 
 
-def classify_in_worker(start, stop):
+def worker_classify(start, stop):
     return worker_classifier.classify(start, stop)
 
 
-def tuned_pool(num_cpus, folder, batches):
-    with spawn.Pool(num_cpus, load_classifier, [folder]) as pool, watch_workers():
-        while True:
-            yield pool.starmap(classify_in_worker, batches, chunksize=1)
+def multiprocessing_tuned(passes, num_cpus, folder, batches):
+    with mp.Pool(num_cpus, load_classifier, [folder]) as pool:
+        for _ in passes:
+            results = pool.starmap(worker_classify, batches, chunksize=1)
+    return results
 
 
-def ray_actors(num_cpus, folder, batches):
-    import ray  # not at the top, since a Pool's workers import this file, too
+def ray_naive(passes, num_cpus, folder, batches):
+    import ray  # not at the top, as a Pool's workers import this file, too
 
     with ray.init(**ray_options(num_cpus)):
-        options = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
-        classifier_class = ray.remote(**options)(Classifier)
-        actors = [classifier_class.remote(folder) for _ in range(num_cpus)]
-        while True:
+        task = ray.remote(load_and_classify)
+        for _ in passes:
+            results = ray.get([task.remote(folder, *batch) for batch in batches])
+    return results
+
+
+def ray_tuned(passes, num_cpus, folder, batches):
+    import ray
+
+    with ray.init(**ray_options(num_cpus)):
+        actor_class = ray.remote(num_cpus=1)(Classifier)  # one actor per CPU
+        actors = [actor_class.remote(folder) for _ in range(num_cpus)]
+        for _ in passes:
             labels = []
-            for actor, (start, stop) in zip(itertools.cycle(actors), batches):
-                labels.append(actor.classify.remote(start, stop))
-            yield ray.get(labels)
+            for actor, batch in zip(itertools.cycle(actors), batches):
+                labels.append(actor.classify.remote(*batch))
+            results = ray.get(labels)
+    return results
 
 
-IMPLEMENTATIONS = {
-    "serial": serial,
-    "multiprocessing": plain_pool,
-    "multiprocessing-tuned": tuned_pool,
-    "ray": ray_actors,
-}
+# ---- From here on identical in numerical.py, stateful.py and expensive_init.py ----
 
-
-# ---- From here on the same in the three scripts: measure, report, watch a Pool ----
+FUNCTIONS = [serial, multiprocessing_naive, multiprocessing_tuned, ray_naive, ray_tuned]
+IMPLEMENTATIONS = {function.__name__: function for function in FUNCTIONS}
+RAY_ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
 
 
 def ray_options(num_cpus):
-    """Return arguments for ray.init: join RAY_ADDRESS, or start Ray on this machine."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ["", "local"]:
-        return {"address": "local", "num_cpus": num_cpus, "logging_level": "WARNING"}
-    print(f"\nRay joins {address} and needs {num_cpus} free CPUs", file=sys.stderr)
-    return {"address": address}
+    """Return arguments for ray.init, to start Ray or to join a cluster."""
+    if RAY_ADDRESS != "local":
+        num_cpus = None  # ray.init rejects it when joining a cluster
+    return {"address": RAY_ADDRESS, "num_cpus": num_cpus, "logging_level": "WARNING"}
 
 
-@contextlib.contextmanager
-def watch_workers():
-    """End the script if a Pool's worker dies: the Pool would wait for it for ever."""
-    workers = multiprocessing.active_children()
+def measure(implementation, args, inputs):
+    """Return the seconds that each pass took, and the last result, frozen."""
     finished = threading.Event()
+    threading.Thread(target=watch_workers, args=[finished], daemon=True).start()
+    times = [time.perf_counter()]  # the first pass includes starting the workers
 
-    def watch():
-        multiprocessing.connection.wait([worker.sentinel for worker in workers])
-        time.sleep(0.1)  # the Pool may be fetching the exit code, or Ctrl-C ends all
-        if finished.is_set():
-            return
-        exit_codes = {worker.exitcode for worker in workers} - {None}
-        for worker in multiprocessing.active_children():
-            worker.kill()  # it may wait for a lock that the dead one held
-        with contextlib.suppress(OSError):  # if nobody reads it
-            print("\nA Pool's worker died, exit code", *exit_codes, file=sys.stderr)
-            print("(-9 mostly means that memory ran out)", file=sys.stderr)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        finished.set()
-
-
-def measure(implementation, inputs, args, results):
-    """Return the seconds of every pass, warm-ups too; add frozen results to a set."""
-    seconds = []
-    with contextlib.closing(implementation(args.num_cpus, *inputs)) as passes:
+    def passes():
         for _ in range(args.num_warmups + args.num_trials):
-            start = time.perf_counter()
-            result = next(passes)  # the first one starts the workers, too
-            seconds.append(time.perf_counter() - start)
-            results.add(freeze(result))
-            del result  # or the next pass is charged for freeing it
-    return seconds
+            yield
+            times.append(time.perf_counter())
+        finished.set()  # from here on the workers may end
+
+    result = implementation(passes(), args.num_cpus, *inputs)
+    return [end - start for start, end in itertools.pairwise(times)], freeze(result)
 
 
-def main():
+def watch_workers(finished):
+    """Exit if a Pool's worker dies, because the Pool would wait for it forever."""
+    workers = set()
+    while not finished.wait(timeout=0.1):
+        workers.update(multiprocessing.active_children())
+        for worker in workers:
+            # None: alive, 0: returned, -SIGTERM: terminated by the Pool
+            if worker.exitcode not in [None, 0, -signal.SIGTERM]:
+                print("\nA worker died:", worker, file=sys.stderr)
+                print("If by SIGKILL, lower --num-cpus to save memory", file=sys.stderr)
+                os._exit(1)
+
+
+def follow_script():
+    """Exit when the script has ended: a lock may have died with another worker."""
+    while multiprocessing.parent_process() is None:  # as long as this is imported
+        time.sleep(0.1)
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def parse_arguments():
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # Linux: the CPUs this process may use
         cores = min(cores, len(os.sched_getaffinity(0)))
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
     names = list(IMPLEMENTATIONS)
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)
-    parser.add_argument("--num-cpus", type=int, default=cores, help="workers")
-    parser.add_argument("--num-trials", type=int, default=5, help="passes that count")
-    for flag, (default, text) in FLAGS.items():
-        parser.add_argument(flag, type=int, default=default, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="for the inputs")
-    parser.add_argument("--json", default=os.devnull, help="file to add JSON lines to")
+    parser.add_argument("--num-cpus", type=int, default=cores, help="number of workers")
+    parser.add_argument("--num-warmups", type=int, default=3, help="warm-up passes")
+    parser.add_argument("--num-trials", type=int, default=5, help="measured passes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--json", default=os.devnull, help="file to append JSON to")
+    add_arguments(parser)
     args = parser.parse_args()
-    # Ray reads these when it is imported: no `uv run` in workers, no notice of tokens.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if os.environ.get("RAY_ADDRESS", "") in ["", "local"]:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if sys.stderr is None:  # it was closed, and Ray does not start without it
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if args.num_cpus < 1 or args.num_trials < 1 or args.num_warmups < 0:
+        parser.error("--num-cpus and --num-trials start at 1, --num-warmups at 0")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
+    print(f"{TITLE} ({args.num_cpus} workers)")
+    if RAY_ADDRESS == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # the default, but no message
+    else:
+        print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
+    import ray  # after its settings, and before any timing
+
     inputs = make_inputs(args)
-    print(f"{TITLE}, {args.num_cpus} workers")
-    python = platform.python_version()
-    print(f"{args.num_trials} trials, {args.num_warmups} warm-ups, Python {python}")
+    setup = vars(args) | {"python": sys.version, "ray": ray.__version__}
+    first = args.implementations[0]
     print("\nseconds                   first   median      min      max  speedup")
-    medians = []
-    results = set()
     with open(args.json, "a") as file:
         for name in args.implementations:
             print(f"{name:22}", end="", flush=True)
-            seconds = measure(IMPLEMENTATIONS[name], inputs, args, results)
-            if len(results) > 1:
-                sys.exit(f"\n{name} and {args.implementations[0]} differ in a result")
+            seconds, result = measure(IMPLEMENTATIONS[name], args, inputs)
             trials = seconds[args.num_warmups :]
             median = statistics.median(trials)
-            medians.append(median)
-            print(f"{seconds[0]:9.2f}{median:9.3f}{min(trials):9.3f}", end="")
-            print(f"{max(trials):9.3f}{medians[0] / median:8.2f}x")
-            row = vars(args) | {"implementation": name, "median_seconds": median}
-            row |= {"benchmark": parser.prog.removesuffix(".py"), "seconds": seconds}
-            row |= {"python": python, "platform": platform.platform()}
-            for package in {"numpy", "ray", "scipy", "tensorflow"} & sys.modules.keys():
-                row[package] = sys.modules[package].__version__
-            print(json.dumps(row), file=file, flush=True)
-    print("All results agree.")
+            if name == first:
+                expected = result
+                baseline = median
+            elif result != expected:
+                sys.exit(f"\nThe results of {name} and {first} differ")
+            print(f"{seconds[0]:9.3f}{median:9.3f}{min(trials):9.3f}", end="")
+            print(f"{max(trials):9.3f}{baseline / median:8.2f}x")
+            row = {"script": os.path.basename(__file__), "implementation": name}
+            print(json.dumps(row | setup | {"seconds": seconds}), file=file, flush=True)
+    print("All implementations agree.")
 
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # a Pool's worker: the script answers Ctrl-C for all
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+elif __name__ == "__mp_main__":  # in a Pool's worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the script
+    threading.Thread(target=follow_script, daemon=True).start()

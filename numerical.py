@@ -3,27 +3,29 @@
 # dependencies = ["numpy>=1.26,<3", "psutil>=5.9", "ray>=2.9,<3", "scipy>=1.12,<2"]
 # ///
 # SPDX-License-Identifier: MIT-0
-"""Numerical data: serial Python, multiprocessing and Ray filter one large image.
+"""Numerical data: filter one large image with serial Python, multiprocessing and Ray.
 
-  serial                 one filter after the other
-  multiprocessing        Pool.starmap, which pickles the image for every filter
-  multiprocessing-tuned  the image in shared memory, which every worker maps
-  ray                    the image in Ray's object store, which every worker maps
+  serial                 applies the filters one after another
+  multiprocessing_naive  pickles the image once per filter
+  multiprocessing_tuned  copies the image to shared memory once per pass
+  ray_naive              copies the image to the object store once per filter
+  ray_tuned              copies the image to the object store once per pass
 
-An implementation is a generator. Its first next() starts the workers; each next() does
-the whole job once and yields the result; close() leaves the `with`, which stops them.
-To copy one, keep the `with`, drop the loop and watch_workers, and return the result.
+Each function starts its workers, then loops `for _ in passes`, which times each pass:
+send the image, filter it, collect the results. The first pass includes the start.
 
-Run `python numerical.py` or `uv run numerical.py`. If RAY_ADDRESS is set, Ray joins it.
-Timed in a pass: shipping the image, filtering it, collecting the results.
+To reuse a function, copy it with what it uses, replace the loop with its body, and call
+it under `if __name__ == "__main__":`. Ray needs only ray.init(num_cpus=num_cpus).
+
+Run `python numerical.py` or `uv run numerical.py`. Ray starts on this machine, or joins
+the cluster at RAY_ADDRESS if set.
 """
 
 import argparse
-import contextlib
+import itertools
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -35,45 +37,47 @@ import psutil
 import scipy.signal
 
 TITLE = "Numerical data: filter one large image with one random filter per worker"
-FLAGS = {
-    "--image-size": (3000, "pixels a side"),
-    "--filter-size": (4, "pixels a side"),
-    "--num-warmups": (5, "passes before the trials"),
-}
-spawn = multiprocessing.get_context("spawn")  # a fork beside threads can hang
+mp = multiprocessing.get_context("spawn")  # fork is unsafe with threads
+
+
+def add_arguments(parser):
+    parser.add_argument("--image-size", type=int, default=3000, help="pixels per side")
+    parser.add_argument("--filter-size", type=int, default=4, help="pixels per side")
 
 
 def make_inputs(args):
-    """Return an image (size, size) and filters (num_cpus, size, size), all float64."""
+    """Return a float64 image (image_size, image_size) and num_cpus smaller filters."""
     rng = np.random.default_rng(args.seed)
     image = rng.random((args.image_size, args.image_size))
     filters = rng.random((args.num_cpus, args.filter_size, args.filter_size))
     return image, filters
 
 
+def freeze(results):
+    """Return the bytes of a list of arrays, for comparison."""
+    return np.stack(results).tobytes()
+
+
 def filter_image(image, image_filter):
-    """Convolve a float64 image with a filter; return every fifth pixel, both ways."""
-    filtered = scipy.signal.convolve2d(image, image_filter)[::5, ::5]
-    return np.ascontiguousarray(filtered)  # a view would keep all of it alive
+    """Convolve the image with the filter; return every fifth row and column."""
+    filtered = scipy.signal.convolve2d(image, image_filter)
+    return filtered[::5, ::5].copy()  # a view would keep the whole array alive
 
 
-def freeze(result):
-    """Return the bytes of a list of arrays, which can be compared in a set."""
-    return np.stack(result).tobytes()
+def serial(passes, num_cpus, image, filters):
+    for _ in passes:
+        results = [filter_image(image, f) for f in filters]
+    return results
 
 
-def serial(num_cpus, image, filters):
-    while True:
-        yield [filter_image(image, f) for f in filters]
+def multiprocessing_naive(passes, num_cpus, image, filters):
+    with mp.Pool(num_cpus) as pool:
+        for _ in passes:
+            results = pool.starmap(filter_image, [(image, f) for f in filters])
+    return results
 
 
-def plain_pool(num_cpus, image, filters):
-    with spawn.Pool(num_cpus) as pool, watch_workers():
-        while True:
-            yield pool.starmap(filter_image, [(image, f) for f in filters])
-
-
-def map_image(array, shape):  # runs once in each worker
+def attach_image(array, shape):  # runs once in each worker
     global shared_image
     shared_image = np.frombuffer(array).reshape(shape)
 
@@ -82,133 +86,143 @@ def filter_shared_image(image_filter):
     return filter_image(shared_image, image_filter)
 
 
-def tuned_pool(num_cpus, image, filters):
-    array = spawn.RawArray("d", image.size)
-    with spawn.Pool(num_cpus, map_image, (array, image.shape)) as pool, watch_workers():
-        while True:
-            np.frombuffer(array)[:] = image.ravel()
-            yield pool.map(filter_shared_image, filters)
+def multiprocessing_tuned(passes, num_cpus, image, filters):
+    array = mp.RawArray("d", image.size)  # "d" is float64
+    shared = np.frombuffer(array).reshape(image.shape)
+    with mp.Pool(num_cpus, attach_image, (array, image.shape)) as pool:
+        for _ in passes:
+            shared[:] = image
+            results = pool.map(filter_shared_image, filters)
+    return results
 
 
-def ray_tasks(num_cpus, image, filters):
-    import ray  # not at the top, since a Pool's workers import this file, too
+def ray_naive(passes, num_cpus, image, filters):
+    import ray  # not at the top, as a Pool's workers import this file, too
 
     with ray.init(**ray_options(num_cpus)):
-        filter_task = ray.remote(filter_image)
-        while True:
+        task = ray.remote(filter_image)
+        for _ in passes:
+            results = ray.get([task.remote(image, f) for f in filters])
+    return results
+
+
+def ray_tuned(passes, num_cpus, image, filters):
+    import ray
+
+    with ray.init(**ray_options(num_cpus)):
+        task = ray.remote(filter_image)
+        for _ in passes:
             image_ref = ray.put(image)
-            yield ray.get([filter_task.remote(image_ref, f) for f in filters])
-            del image_ref  # or the object store holds two images
+            results = ray.get([task.remote(image_ref, f) for f in filters])
+            del image_ref  # free it before the next put
+    return results
 
 
-IMPLEMENTATIONS = {
-    "serial": serial,
-    "multiprocessing": plain_pool,
-    "multiprocessing-tuned": tuned_pool,
-    "ray": ray_tasks,
-}
+# ---- From here on identical in numerical.py, stateful.py and expensive_init.py ----
 
-
-# ---- From here on the same in the three scripts: measure, report, watch a Pool ----
+FUNCTIONS = [serial, multiprocessing_naive, multiprocessing_tuned, ray_naive, ray_tuned]
+IMPLEMENTATIONS = {function.__name__: function for function in FUNCTIONS}
+RAY_ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
 
 
 def ray_options(num_cpus):
-    """Return arguments for ray.init: join RAY_ADDRESS, or start Ray on this machine."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ["", "local"]:
-        return {"address": "local", "num_cpus": num_cpus, "logging_level": "WARNING"}
-    print(f"\nRay joins {address} and needs {num_cpus} free CPUs", file=sys.stderr)
-    return {"address": address}
+    """Return arguments for ray.init, to start Ray or to join a cluster."""
+    if RAY_ADDRESS != "local":
+        num_cpus = None  # ray.init rejects it when joining a cluster
+    return {"address": RAY_ADDRESS, "num_cpus": num_cpus, "logging_level": "WARNING"}
 
 
-@contextlib.contextmanager
-def watch_workers():
-    """End the script if a Pool's worker dies: the Pool would wait for it for ever."""
-    workers = multiprocessing.active_children()
+def measure(implementation, args, inputs):
+    """Return the seconds that each pass took, and the last result, frozen."""
     finished = threading.Event()
+    threading.Thread(target=watch_workers, args=[finished], daemon=True).start()
+    times = [time.perf_counter()]  # the first pass includes starting the workers
 
-    def watch():
-        multiprocessing.connection.wait([worker.sentinel for worker in workers])
-        time.sleep(0.1)  # the Pool may be fetching the exit code, or Ctrl-C ends all
-        if finished.is_set():
-            return
-        exit_codes = {worker.exitcode for worker in workers} - {None}
-        for worker in multiprocessing.active_children():
-            worker.kill()  # it may wait for a lock that the dead one held
-        with contextlib.suppress(OSError):  # if nobody reads it
-            print("\nA Pool's worker died, exit code", *exit_codes, file=sys.stderr)
-            print("(-9 mostly means that memory ran out)", file=sys.stderr)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        finished.set()
-
-
-def measure(implementation, inputs, args, results):
-    """Return the seconds of every pass, warm-ups too; add frozen results to a set."""
-    seconds = []
-    with contextlib.closing(implementation(args.num_cpus, *inputs)) as passes:
+    def passes():
         for _ in range(args.num_warmups + args.num_trials):
-            start = time.perf_counter()
-            result = next(passes)  # the first one starts the workers, too
-            seconds.append(time.perf_counter() - start)
-            results.add(freeze(result))
-            del result  # or the next pass is charged for freeing it
-    return seconds
+            yield
+            times.append(time.perf_counter())
+        finished.set()  # from here on the workers may end
+
+    result = implementation(passes(), args.num_cpus, *inputs)
+    return [end - start for start, end in itertools.pairwise(times)], freeze(result)
 
 
-def main():
+def watch_workers(finished):
+    """Exit if a Pool's worker dies, because the Pool would wait for it forever."""
+    workers = set()
+    while not finished.wait(timeout=0.1):
+        workers.update(multiprocessing.active_children())
+        for worker in workers:
+            # None: alive, 0: returned, -SIGTERM: terminated by the Pool
+            if worker.exitcode not in [None, 0, -signal.SIGTERM]:
+                print("\nA worker died:", worker, file=sys.stderr)
+                print("If by SIGKILL, lower --num-cpus to save memory", file=sys.stderr)
+                os._exit(1)
+
+
+def follow_script():
+    """Exit when the script has ended: a lock may have died with another worker."""
+    while multiprocessing.parent_process() is None:  # as long as this is imported
+        time.sleep(0.1)
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def parse_arguments():
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # Linux: the CPUs this process may use
         cores = min(cores, len(os.sched_getaffinity(0)))
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
     names = list(IMPLEMENTATIONS)
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)
-    parser.add_argument("--num-cpus", type=int, default=cores, help="workers")
-    parser.add_argument("--num-trials", type=int, default=5, help="passes that count")
-    for flag, (default, text) in FLAGS.items():
-        parser.add_argument(flag, type=int, default=default, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="for the inputs")
-    parser.add_argument("--json", default=os.devnull, help="file to add JSON lines to")
+    parser.add_argument("--num-cpus", type=int, default=cores, help="number of workers")
+    parser.add_argument("--num-warmups", type=int, default=3, help="warm-up passes")
+    parser.add_argument("--num-trials", type=int, default=5, help="measured passes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--json", default=os.devnull, help="file to append JSON to")
+    add_arguments(parser)
     args = parser.parse_args()
-    # Ray reads these when it is imported: no `uv run` in workers, no notice of tokens.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if os.environ.get("RAY_ADDRESS", "") in ["", "local"]:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if sys.stderr is None:  # it was closed, and Ray does not start without it
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if args.num_cpus < 1 or args.num_trials < 1 or args.num_warmups < 0:
+        parser.error("--num-cpus and --num-trials start at 1, --num-warmups at 0")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
+    print(f"{TITLE} ({args.num_cpus} workers)")
+    if RAY_ADDRESS == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # the default, but no message
+    else:
+        print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
+    import ray  # after its settings, and before any timing
+
     inputs = make_inputs(args)
-    print(f"{TITLE}, {args.num_cpus} workers")
-    python = platform.python_version()
-    print(f"{args.num_trials} trials, {args.num_warmups} warm-ups, Python {python}")
+    setup = vars(args) | {"python": sys.version, "ray": ray.__version__}
+    first = args.implementations[0]
     print("\nseconds                   first   median      min      max  speedup")
-    medians = []
-    results = set()
     with open(args.json, "a") as file:
         for name in args.implementations:
             print(f"{name:22}", end="", flush=True)
-            seconds = measure(IMPLEMENTATIONS[name], inputs, args, results)
-            if len(results) > 1:
-                sys.exit(f"\n{name} and {args.implementations[0]} differ in a result")
+            seconds, result = measure(IMPLEMENTATIONS[name], args, inputs)
             trials = seconds[args.num_warmups :]
             median = statistics.median(trials)
-            medians.append(median)
-            print(f"{seconds[0]:9.2f}{median:9.3f}{min(trials):9.3f}", end="")
-            print(f"{max(trials):9.3f}{medians[0] / median:8.2f}x")
-            row = vars(args) | {"implementation": name, "median_seconds": median}
-            row |= {"benchmark": parser.prog.removesuffix(".py"), "seconds": seconds}
-            row |= {"python": python, "platform": platform.platform()}
-            for package in {"numpy", "ray", "scipy", "tensorflow"} & sys.modules.keys():
-                row[package] = sys.modules[package].__version__
-            print(json.dumps(row), file=file, flush=True)
-    print("All results agree.")
+            if name == first:
+                expected = result
+                baseline = median
+            elif result != expected:
+                sys.exit(f"\nThe results of {name} and {first} differ")
+            print(f"{seconds[0]:9.3f}{median:9.3f}{min(trials):9.3f}", end="")
+            print(f"{max(trials):9.3f}{baseline / median:8.2f}x")
+            row = {"script": os.path.basename(__file__), "implementation": name}
+            print(json.dumps(row | setup | {"seconds": seconds}), file=file, flush=True)
+    print("All implementations agree.")
 
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # a Pool's worker: the script answers Ctrl-C for all
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+elif __name__ == "__mp_main__":  # in a Pool's worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the script
+    threading.Thread(target=follow_script, daemon=True).start()

@@ -8,15 +8,13 @@
 Writes model.keras and images.npy (uint8, (10000, 28, 28)) into the current folder.
 The images are MNIST's or, where MNIST cannot be had, synthetic ones.
 
-Run: python save_model.py (uv run save_model.py does it with nothing installed but uv).
-Two runs with the same packages make the same model.
+Run `python save_model.py`. The same packages and images make the same model.
 """
 
 import argparse
 import os
 import socket
 import sys
-import tempfile
 
 import numpy as np
 
@@ -28,7 +26,6 @@ def import_tensorflow():
     os.environ["TF_USE_LEGACY_KERAS"] = "0"
     import tensorflow as tf
 
-    tf.keras.config.set_floatx("float32")  # whatever ~/.keras/keras.json says
     return tf
 
 
@@ -41,14 +38,15 @@ def make_synthetic_images():
     return (images[:60000], labels[:60000]), (images[60000:], labels[60000:])
 
 
-def load_images(keras):
+def load_images(mnist, synthetic):
     """Return what the images are, training data and test data: (images, labels) each."""
-    socket.setdefaulttimeout(10)  # seconds; some networks never answer
-    try:
-        return "MNIST", *keras.datasets.mnist.load_data()
-    except Exception as error:  # noqa: BLE001 (Keras raises just that)
-        print(f"MNIST cannot be had, using synthetic images: {error}", file=sys.stderr)
-        return "synthetic", *make_synthetic_images()
+    if not synthetic:
+        socket.setdefaulttimeout(10)  # seconds; some networks never answer
+        try:
+            return "MNIST", *mnist.load_data()
+        except Exception as error:  # noqa: BLE001 (Keras raises just that)
+            print(f"MNIST cannot be had, so synthetic images: {error}", file=sys.stderr)
+    return "synthetic", *make_synthetic_images()
 
 
 def train(tf, images, labels):
@@ -71,17 +69,15 @@ def train(tf, images, labels):
 def main():
     parser = argparse.ArgumentParser(description="Train the model, save it with images")
     parser.add_argument("--num-images", type=int, help="train on fewer (default: all)")
-    num_images = parser.parse_args().num_images
+    parser.add_argument("--synthetic", action="store_true", help="do not ask for MNIST")
+    args = parser.parse_args()
     tf = import_tensorflow()
-    kind, (images, labels), (test_images, test_labels) = load_images(tf.keras)
-    model = train(tf, images[:num_images], labels[:num_images])
-    accuracy = model.evaluate(test_images, test_labels, verbose=0)[1]
-    # Moved here when both are complete, so that a failure keeps the old ones.
-    with tempfile.TemporaryDirectory(prefix=".save_model-", dir=".") as folder:
-        model.save(f"{folder}/model.keras")
-        np.save(f"{folder}/images.npy", test_images)
-        os.replace(f"{folder}/model.keras", "model.keras")
-        os.replace(f"{folder}/images.npy", "images.npy")
+    kind, training, test = load_images(tf.keras.datasets.mnist, args.synthetic)
+    model = train(tf, *[array[: args.num_images] for array in training])
+    _, accuracy = model.evaluate(*test, verbose=0)
+    model.save("model.keras")
+    test_images, _ = test
+    np.save("images.npy", test_images)
     print(f"wrote model.keras and images.npy: {kind} images, accuracy {accuracy:.4f}")
 
 

@@ -3,19 +3,22 @@
 # dependencies = ["psutil>=5.9", "ray>=2.9,<3"]
 # ///
 # SPDX-License-Identifier: MIT-0
-"""Stateful computation: serial Python, multiprocessing and Ray count prefixes.
+"""Stateful computation: count prefixes with serial Python, multiprocessing and Ray.
 
-  serial                 one counter
-  multiprocessing        Pool.starmap: all counts travel into every call and out again
-  multiprocessing-tuned  a Pool of one process per worker, which keeps its counts
-  ray                    an actor per worker, which keeps its counts
+  serial                 adds all words to one counter
+  multiprocessing_naive  sends the counts into every call, and back
+  multiprocessing_tuned  keeps the counts in a Pool of one process per worker
+  ray_naive              sends the counts into every call, and back
+  ray_tuned              keeps the counts in an actor per worker
 
-An implementation is a generator. Its first next() starts the workers; each next() does
-the whole job once and yields the result; close() leaves the `with`, which stops them.
-To copy one, keep the `with`, drop the loop and watch_workers, and return the result.
+Each function starts its workers, then loops `for _ in passes`, which times each pass:
+send the words, count, collect the popular prefixes. The first pass includes the start.
 
-Run `python stateful.py` or `uv run stateful.py`. If RAY_ADDRESS is set, Ray joins it.
-Timed in a pass: sending the words, counting from zero, collecting the popular prefixes.
+To reuse a function, copy it with what it uses, replace the loop with its body, and call
+it under `if __name__ == "__main__":`. Ray needs only ray.init(num_cpus=num_cpus).
+
+Run `python stateful.py` or `uv run stateful.py`. Ray starts on this machine, or joins
+the cluster at RAY_ADDRESS if set.
 """
 
 import argparse
@@ -23,9 +26,8 @@ import collections
 import contextlib
 import itertools
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
-import platform
 import random
 import signal
 import statistics
@@ -36,18 +38,17 @@ import time
 import psutil
 
 TITLE = "Stateful computation: find the popular prefixes in a stream of documents"
-FLAGS = {
-    "--num-documents": (10, "documents per worker"),
-    "--words-per-document": (10000, "words"),
-    "--word-length": (20, "bytes of a word"),
-    "--num-warmups": (1, "passes before the trials"),
-}
-spawn = multiprocessing.get_context("spawn")  # a fork beside threads can hang
-freeze = frozenset  # makes a result comparable in a set
+mp = multiprocessing.get_context("spawn")  # fork is unsafe with threads
+
+
+def add_arguments(parser):
+    parser.add_argument("--num-documents", type=int, default=10, help="per worker")
+    parser.add_argument("--words-per-document", type=int, default=2000, help="words")
+    parser.add_argument("--word-length", type=int, default=20, help="bytes per word")
 
 
 def make_inputs(args):
-    """Return a tuple of one: batches of num_cpus documents, each a list of bytes."""
+    """Return one input: batches of num_cpus documents, each a list of random bytes."""
     rng = random.Random(args.seed)
 
     def make_document():
@@ -56,11 +57,16 @@ def make_inputs(args):
     batches = []
     for _ in range(args.num_documents):
         batches.append([make_document() for _ in range(args.num_cpus)])
-    return (batches,)
+    return [batches]
+
+
+def freeze(popular):
+    """Return the set of popular prefixes, for comparison."""
+    return frozenset(popular)
 
 
 def split(documents, num_cpus):
-    """Return num_cpus lists of words, which a word's first byte (0 to 255) selects."""
+    """Return num_cpus lists of words; a word's first byte (0 to 255) selects its list."""
     shares = [[] for _ in range(num_cpus)]
     for word in itertools.chain(*documents):
         shares[word[0] % num_cpus].append(word)
@@ -83,34 +89,36 @@ class PrefixCounter:
         return popular
 
 
-def serial(num_cpus, batches):
+def serial(passes, num_cpus, batches):
     counter = PrefixCounter()
-    while True:
+    for _ in passes:
         for documents in batches:
             counter.add(itertools.chain(*documents))
-        yield counter.pop_popular()
+        popular = counter.pop_popular()
+    return popular
 
 
 def add_words(counts, words):
-    """Return the counts, a dict, with the words added."""
+    """Return the counts, a dict, with the words' prefixes added."""
     counter = PrefixCounter(counts)
     counter.add(words)
-    return dict(counter.counts)  # which pickles faster than a Counter
+    return dict(counter.counts)  # pickles faster than a Counter
 
 
-def plain_pool(num_cpus, batches):
-    with spawn.Pool(num_cpus) as pool, watch_workers():
-        while True:
+def multiprocessing_naive(passes, num_cpus, batches):
+    with mp.Pool(num_cpus) as pool:
+        for _ in passes:
             counts = [{} for _ in range(num_cpus)]
             for documents in batches:
                 shares = split(documents, num_cpus)
                 counts = pool.starmap(add_words, zip(counts, shares))
-            popular = [PrefixCounter(c).pop_popular() for c in counts]
-            del counts  # or the next pass is charged for freeing them
-            yield set().union(*popular)
+            popular = set().union(*[PrefixCounter(c).pop_popular() for c in counts])
+    return popular
 
 
-worker_counter = PrefixCounter()  # each process of the tuned Pools has its own
+def init_counter():  # runs once in each worker
+    global worker_counter
+    worker_counter = PrefixCounter()
 
 
 def worker_add(words):
@@ -121,11 +129,10 @@ def worker_pop_popular():
     return worker_counter.pop_popular()
 
 
-def tuned_pool(num_cpus, batches):
+def multiprocessing_tuned(passes, num_cpus, batches):
     with contextlib.ExitStack() as stack:
-        pools = [stack.enter_context(spawn.Pool(1)) for _ in range(num_cpus)]
-        stack.enter_context(watch_workers())
-        while True:
+        pools = [stack.enter_context(mp.Pool(1, init_counter)) for _ in range(num_cpus)]
+        for _ in passes:
             adds = []
             for documents in batches:
                 for pool, words in zip(pools, split(documents, num_cpus)):
@@ -133,133 +140,146 @@ def tuned_pool(num_cpus, batches):
             for add in adds:
                 add.get()  # raises what the call raised
             pops = [pool.apply_async(worker_pop_popular) for pool in pools]
-            yield set().union(*[pop.get() for pop in pops])
+            popular = set().union(*[pop.get() for pop in pops])
+    return popular
 
 
-def ray_actors(num_cpus, batches):
-    import ray  # not at the top, since a Pool's workers import this file, too
+def ray_naive(passes, num_cpus, batches):
+    import ray  # not at the top, as a Pool's workers import this file, too
 
     with ray.init(**ray_options(num_cpus)):
-        counter_class = ray.remote(num_cpus=1)(PrefixCounter)
-        actors = [counter_class.remote() for _ in range(num_cpus)]
-        while True:
+        task = ray.remote(add_words)
+        for _ in passes:
+            counts = [{} for _ in range(num_cpus)]
+            for documents in batches:
+                shares = split(documents, num_cpus)
+                counts = ray.get([task.remote(c, s) for c, s in zip(counts, shares)])
+            popular = set().union(*[PrefixCounter(c).pop_popular() for c in counts])
+    return popular
+
+
+def ray_tuned(passes, num_cpus, batches):
+    import ray
+
+    with ray.init(**ray_options(num_cpus)):
+        actor_class = ray.remote(num_cpus=1)(PrefixCounter)  # one actor per CPU
+        actors = [actor_class.remote() for _ in range(num_cpus)]
+        for _ in passes:
             adds = []
             for documents in batches:
                 for actor, words in zip(actors, split(documents, num_cpus)):
                     adds.append(actor.add.remote(words))
             ray.get(adds)  # raises what the call raised
             pops = [actor.pop_popular.remote() for actor in actors]
-            yield set().union(*ray.get(pops))
+            popular = set().union(*ray.get(pops))
+    return popular
 
 
-IMPLEMENTATIONS = {
-    "serial": serial,
-    "multiprocessing": plain_pool,
-    "multiprocessing-tuned": tuned_pool,
-    "ray": ray_actors,
-}
+# ---- From here on identical in numerical.py, stateful.py and expensive_init.py ----
 
-
-# ---- From here on the same in the three scripts: measure, report, watch a Pool ----
+FUNCTIONS = [serial, multiprocessing_naive, multiprocessing_tuned, ray_naive, ray_tuned]
+IMPLEMENTATIONS = {function.__name__: function for function in FUNCTIONS}
+RAY_ADDRESS = os.environ.get("RAY_ADDRESS") or "local"
 
 
 def ray_options(num_cpus):
-    """Return arguments for ray.init: join RAY_ADDRESS, or start Ray on this machine."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ["", "local"]:
-        return {"address": "local", "num_cpus": num_cpus, "logging_level": "WARNING"}
-    print(f"\nRay joins {address} and needs {num_cpus} free CPUs", file=sys.stderr)
-    return {"address": address}
+    """Return arguments for ray.init, to start Ray or to join a cluster."""
+    if RAY_ADDRESS != "local":
+        num_cpus = None  # ray.init rejects it when joining a cluster
+    return {"address": RAY_ADDRESS, "num_cpus": num_cpus, "logging_level": "WARNING"}
 
 
-@contextlib.contextmanager
-def watch_workers():
-    """End the script if a Pool's worker dies: the Pool would wait for it for ever."""
-    workers = multiprocessing.active_children()
+def measure(implementation, args, inputs):
+    """Return the seconds that each pass took, and the last result, frozen."""
     finished = threading.Event()
+    threading.Thread(target=watch_workers, args=[finished], daemon=True).start()
+    times = [time.perf_counter()]  # the first pass includes starting the workers
 
-    def watch():
-        multiprocessing.connection.wait([worker.sentinel for worker in workers])
-        time.sleep(0.1)  # the Pool may be fetching the exit code, or Ctrl-C ends all
-        if finished.is_set():
-            return
-        exit_codes = {worker.exitcode for worker in workers} - {None}
-        for worker in multiprocessing.active_children():
-            worker.kill()  # it may wait for a lock that the dead one held
-        with contextlib.suppress(OSError):  # if nobody reads it
-            print("\nA Pool's worker died, exit code", *exit_codes, file=sys.stderr)
-            print("(-9 mostly means that memory ran out)", file=sys.stderr)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        finished.set()
-
-
-def measure(implementation, inputs, args, results):
-    """Return the seconds of every pass, warm-ups too; add frozen results to a set."""
-    seconds = []
-    with contextlib.closing(implementation(args.num_cpus, *inputs)) as passes:
+    def passes():
         for _ in range(args.num_warmups + args.num_trials):
-            start = time.perf_counter()
-            result = next(passes)  # the first one starts the workers, too
-            seconds.append(time.perf_counter() - start)
-            results.add(freeze(result))
-            del result  # or the next pass is charged for freeing it
-    return seconds
+            yield
+            times.append(time.perf_counter())
+        finished.set()  # from here on the workers may end
+
+    result = implementation(passes(), args.num_cpus, *inputs)
+    return [end - start for start, end in itertools.pairwise(times)], freeze(result)
 
 
-def main():
+def watch_workers(finished):
+    """Exit if a Pool's worker dies, because the Pool would wait for it forever."""
+    workers = set()
+    while not finished.wait(timeout=0.1):
+        workers.update(multiprocessing.active_children())
+        for worker in workers:
+            # None: alive, 0: returned, -SIGTERM: terminated by the Pool
+            if worker.exitcode not in [None, 0, -signal.SIGTERM]:
+                print("\nA worker died:", worker, file=sys.stderr)
+                print("If by SIGKILL, lower --num-cpus to save memory", file=sys.stderr)
+                os._exit(1)
+
+
+def follow_script():
+    """Exit when the script has ended: a lock may have died with another worker."""
+    while multiprocessing.parent_process() is None:  # as long as this is imported
+        time.sleep(0.1)
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def parse_arguments():
     cores = psutil.cpu_count(logical=False) or os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # the CPUs this process may use; not on macOS
+    if hasattr(os, "sched_getaffinity"):  # Linux: the CPUs this process may use
         cores = min(cores, len(os.sched_getaffinity(0)))
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=TITLE, formatter_class=formatter)
     names = list(IMPLEMENTATIONS)
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)
-    parser.add_argument("--num-cpus", type=int, default=cores, help="workers")
-    parser.add_argument("--num-trials", type=int, default=5, help="passes that count")
-    for flag, (default, text) in FLAGS.items():
-        parser.add_argument(flag, type=int, default=default, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="for the inputs")
-    parser.add_argument("--json", default=os.devnull, help="file to add JSON lines to")
+    parser.add_argument("--num-cpus", type=int, default=cores, help="number of workers")
+    parser.add_argument("--num-warmups", type=int, default=3, help="warm-up passes")
+    parser.add_argument("--num-trials", type=int, default=5, help="measured passes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--json", default=os.devnull, help="file to append JSON to")
+    add_arguments(parser)
     args = parser.parse_args()
-    # Ray reads these when it is imported: no `uv run` in workers, no notice of tokens.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if os.environ.get("RAY_ADDRESS", "") in ["", "local"]:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if sys.stderr is None:  # it was closed, and Ray does not start without it
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if args.num_cpus < 1 or args.num_trials < 1 or args.num_warmups < 0:
+        parser.error("--num-cpus and --num-trials start at 1, --num-warmups at 0")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
+    print(f"{TITLE} ({args.num_cpus} workers)")
+    if RAY_ADDRESS == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # the default, but no message
+    else:
+        print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
+    import ray  # after its settings, and before any timing
+
     inputs = make_inputs(args)
-    print(f"{TITLE}, {args.num_cpus} workers")
-    python = platform.python_version()
-    print(f"{args.num_trials} trials, {args.num_warmups} warm-ups, Python {python}")
+    setup = vars(args) | {"python": sys.version, "ray": ray.__version__}
+    first = args.implementations[0]
     print("\nseconds                   first   median      min      max  speedup")
-    medians = []
-    results = set()
     with open(args.json, "a") as file:
         for name in args.implementations:
             print(f"{name:22}", end="", flush=True)
-            seconds = measure(IMPLEMENTATIONS[name], inputs, args, results)
-            if len(results) > 1:
-                sys.exit(f"\n{name} and {args.implementations[0]} differ in a result")
+            seconds, result = measure(IMPLEMENTATIONS[name], args, inputs)
             trials = seconds[args.num_warmups :]
             median = statistics.median(trials)
-            medians.append(median)
-            print(f"{seconds[0]:9.2f}{median:9.3f}{min(trials):9.3f}", end="")
-            print(f"{max(trials):9.3f}{medians[0] / median:8.2f}x")
-            row = vars(args) | {"implementation": name, "median_seconds": median}
-            row |= {"benchmark": parser.prog.removesuffix(".py"), "seconds": seconds}
-            row |= {"python": python, "platform": platform.platform()}
-            for package in {"numpy", "ray", "scipy", "tensorflow"} & sys.modules.keys():
-                row[package] = sys.modules[package].__version__
-            print(json.dumps(row), file=file, flush=True)
-    print("All results agree.")
+            if name == first:
+                expected = result
+                baseline = median
+            elif result != expected:
+                sys.exit(f"\nThe results of {name} and {first} differ")
+            print(f"{seconds[0]:9.3f}{median:9.3f}{min(trials):9.3f}", end="")
+            print(f"{max(trials):9.3f}{baseline / median:8.2f}x")
+            row = {"script": os.path.basename(__file__), "implementation": name}
+            print(json.dumps(row | setup | {"seconds": seconds}), file=file, flush=True)
+    print("All implementations agree.")
 
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # a Pool's worker: the script answers Ctrl-C for all
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+elif __name__ == "__mp_main__":  # in a Pool's worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the script
+    threading.Thread(target=follow_script, daemon=True).start()

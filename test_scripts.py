@@ -1,7 +1,6 @@
 """Tests of the real scripts at reduced size. README.md has the command."""
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -26,14 +25,9 @@ import save_model
 import stateful
 
 HERE = pathlib.Path(__file__).resolve().parent
-FLAGS = {
-    numerical: "--image-size=90 --filter-size=3",
-    stateful: "--num-documents=9 --words-per-document=40 --word-length=3",
-    expensive_init: "--num-batches=2 --batch-size=100",
-}
+FLAGS = {numerical: "--image=90", stateful: "--words=40", expensive_init: "--num-b=2"}
 NAMES = list(numerical.IMPLEMENTATIONS)
 each_script = pytest.mark.parametrize("script", FLAGS, ids=lambda each: each.__name__)
-pytestmark = pytest.mark.timeout(300, func_only=True)  # seconds, without the fixtures
 signal.signal(signal.SIGINT, signal.default_int_handler)  # or `&` has it ignored
 
 
@@ -44,70 +38,57 @@ def address(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("model"))
         patch.setenv("PYTHONPATH", str(HERE))
         patch.setenv("RAY_ADDRESS", "")
-        flags = ["--synthetic", "--num-images=4000"]
-        subprocess.run([sys.executable, "-m", "save_model", *flags], check=True)
+        flags = ["save_model", "--synthetic", "--num-images=4000"]
+        subprocess.run([sys.executable, "-m", *flags], check=True)
         cluster = ray.cluster_utils.Cluster(True, head_node_args={"num_cpus": 3})
         yield cluster.address
         cluster.shutdown()
 
 
-def parse(script, flags):
-    with mock.patch("sys.argv", ["", *flags.split()]):
-        return script.parse_arguments()
-
-
 @each_script
 def test_command_line(script, address, monkeypatch, tmp_path):
-    flags = f"{FLAGS[script]} --num-cpus=2 --num-warmups=1 --num-trials=2 --seed=5"
-    flags += f" --json={tmp_path}/rows"
     monkeypatch.setenv("RAY_ADDRESS", address)
+    flags = f"{FLAGS[script]} --num-cpus=2 --num-warmups=1 --num-trials=1 --seed=5"
     command = [sys.executable, "-m", script.__name__, *flags.split()]
-    process = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert process.stderr == ""
-    assert f"Ray joins {address}, which needs 2 free CPUs" in process.stdout
-    assert process.stdout.endswith("All implementations agree.\n")
-    rows = [json.loads(row) for row in (tmp_path / "rows").read_text().splitlines()]
-    assert [row["implementation"] for row in rows] == NAMES
-    for row in rows:
-        assert row.items() >= vars(parse(script, flags)).items()
+    command.append(f"--json={tmp_path}/rows")
+    output = subprocess.check_output(command, stderr=subprocess.STDOUT, text=True)
+    _, joins, _, _, *table, agree = output.splitlines()
+    assert joins == f"Ray joins {address}, which needs 2 free CPUs"
+    assert agree == "All implementations agree."
+    rows = map(json.loads, (tmp_path / "rows").read_text().splitlines())
+    for name, line, row in zip(NAMES, table, rows, strict=True):
+        assert line.split()[0] == row["implementation"] == name
         assert row["script"] == f"{script.__name__}.py"
-        assert len(row["seconds"]) == 3
+        assert row["seed"] == 5
+        assert len(row["seconds"]) == 2
 
 
-def test_measurement(monkeypatch, tmp_path, capsys):
+def test_measurement(monkeypatch, capsys):
     clock = mock.Mock(now=0, perf_counter=lambda: clock.now)
 
-    def implementation(result, seconds, passes, num_cpus):
+    def implementation(passes, num_cpus):
         clock.now += 16  # starts its workers
-        for _, passed in zip(passes, seconds):
+        for _, passed in zip(passes, [8, 4, 2, 6, 3]):
             clock.now += passed
         clock.now += 32  # ends its workers
-        return result
+        return "last"
 
-    def freeze(result):
-        clock.now += 64
-        return result
-
-    a = functools.partial(implementation, 1, [8, 4, 2, 6, 3])
-    b = functools.partial(implementation, 1, [9, 1, 1, 0.5, 8])
-    c = functools.partial(implementation, 2, [9, 1, 1, 0.5, 8])
-    monkeypatch.setattr(numerical, "IMPLEMENTATIONS", {"a": a, "b": b, "c": c})
-    monkeypatch.setattr(numerical, "make_inputs", lambda args: [])
-    monkeypatch.setattr(numerical, "freeze", freeze)
-    monkeypatch.setattr(numerical, "time", clock)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # which main sets; this takes it back
-    argv = ["", "--num-warmups=2", "--num-trials=3", f"--json={tmp_path}/rows"]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit, match="c and a differ"):
+    monkeypatch.setattr(sys, "argv", ["", "--num-warmups=2", "--num-trials=3"])
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # main sets it; this takes it back
+    with mock.patch.multiple(numerical, time=clock, freeze=str.upper):
+        result = numerical.measure(implementation, numerical.parse_arguments(), [])
+    assert result == ([24, 4, 2, 6, 3], "LAST")
+    results = [result, ([25, 1, 1, 0.5, 8], "LAST"), ([1, 1, 1, 1, 1], "OTHER")]
+    monkeypatch.setattr(numerical, "measure", mock.Mock(side_effect=results))
+    with pytest.raises(SystemExit, match="multiprocessing_tuned and serial differ"):
         numerical.main()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["a", "24.000", "3.000", "2.000", "6.000", "1.00x"] in lines
-    assert ["b", "25.000", "1.000", "0.500", "8.000", "3.00x"] in lines
-    rows = [json.loads(row) for row in (tmp_path / "rows").read_text().splitlines()]
-    assert [row["seconds"] for row in rows] == [[24, 4, 2, 6, 3], [25, 1, 1, 0.5, 8]]
+    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    assert ["24.000", "3.000", "2.000", "6.000", "1.00x"] in lines
+    assert ["25.000", "1.000", "0.500", "8.000", "3.00x"] in lines
     for flag in ["--num-cpus=0", "--num-trials=0", "--num-warmups=-1"]:
+        monkeypatch.setattr(sys, "argv", ["", flag])
         with pytest.raises(SystemExit, match="2"):
-            parse(numerical, flag)
+            numerical.parse_arguments()
 
 
 def arrive(folder, value):
@@ -137,8 +118,9 @@ def test_implementations(script, address, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "RAY_ADDRESS", address)
 
     def make_inputs(seed):
-        args = parse(script, f"{FLAGS[script]} --num-cpus=3 --seed={seed}")
-        *first, pieces = script.make_inputs(args)
+        flags = f"{FLAGS[script]} --num-cpus=3 --seed={seed}"
+        monkeypatch.setattr(sys, "argv", ["", *flags.split()])
+        *first, pieces = script.make_inputs(script.parse_arguments())
         folder = tmp_path / f"{name}{seed}"
         folder.mkdir(exist_ok=True)
         return [*spy_on(first, folder, pickles), spy_on(list(pieces), folder, [])]
@@ -157,14 +139,13 @@ def test_implementations(script, address, monkeypatch, tmp_path):
         result = script.freeze(script.IMPLEMENTATIONS[name](passes(), 3, *inputs))
         assert result == script.freeze(script.serial([1], 3, *make_inputs(seed=1)))
         assert result != script.freeze(script.serial([1], 3, *make_inputs(seed=0)))
-        workers = [set(os.listdir(tmp_path / f"{name}{seed}")) for seed in [0, 1]]
-        assert workers[0] == workers[1]
-        assert len(workers[0]) == (0 if name == "serial" else 3)
+        first, second = [os.listdir(tmp_path / f"{name}{seed}") for seed in [0, 1]]
+        assert sorted(first) == sorted(second)
+        assert len(first) == (0 if name == "serial" else 3)  # workers
         counts.append(len(pickles))
-    if script == numerical:  # the image is sent in 2 passes to 3 workers
-        assert counts == [0, 6, 0, 6, 2]
-    if script == expensive_init:  # the folder is sent for 2 x 6 batches or to 3 workers
-        assert counts == [0, 12, 3, 12, 3]
+    # The image: 2 passes, 3 workers. The folder: 2 passes of 6 batches, or 3 workers.
+    expected = {numerical: [0, 6, 0, 6, 2], expensive_init: [0, 12, 3, 12, 3]}
+    assert counts == expected.get(script, [0] * 5)
 
 
 def test_answers():
@@ -183,21 +164,20 @@ def test_answers():
     assert (result == labels[100:900]).mean() > 0.9
 
 
-ENDS = [
-    ("numerical --impl multiprocessing_naive", signal.SIGKILL, 1, "-SIGKILL"),
-    ("expensive_init --impl multiprocessing_tuned", signal.SIGKILL, 1, "-SIGKILL"),
-    ("stateful --impl multiprocessing_tuned", signal.SIGINT, 1, "KeyboardInterrupt"),
-    ("stateful --impl ray_tuned", signal.SIGKILL, 1, "ActorDiedError"),
-    ("numerical --num-t=3 --impl ray_naive", signal.SIGKILL, 0, ""),
-]
+ENDS = {  # what a script says after Ctrl-C, or after one of its workers is killed
+    "stateful --impl multiprocessing_tuned": "KeyboardInterrupt",
+    "numerical --impl multiprocessing_naive": "-SIGKILL",
+    "expensive_init --impl multiprocessing_tuned": "-SIGKILL",
+    "stateful --impl ray_tuned": "ActorDiedError",
+    "numerical --num-w=1 --num-t=2 --impl ray_naive": "All implementations agree.",
+}
 
 
-@pytest.mark.parametrize(("command", "number", "status", "words"), ENDS)
-def test_ends(command, number, status, words):
-    """SIGKILL ends a worker, also one that is still starting; SIGINT goes to all."""
-    command = [sys.executable, "-m", *command.split(), "--num-cpus=3"]
-    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command, **options)
+@pytest.mark.parametrize("command", ENDS)
+def test_ends(command):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    words = [sys.executable, "-m", *command.split(), "--num-cpus=3"]
+    process = subprocess.Popen(words, start_new_session=True, **options)
     worker = None
     try:
         while worker is None:
@@ -207,15 +187,16 @@ def test_ends(command, number, status, words):
                     is_worker = re.search(r"--multi|ray::[^I]", str(child.cmdline()))
                     if is_worker and child.cpu_times().user > 1:  # second
                         worker = child
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)
+        if ENDS[command] == "KeyboardInterrupt":
+            os.killpg(process.pid, signal.SIGINT)
         else:
-            worker.send_signal(number)
-        _, error = process.communicate()
+            worker.kill()
+        output, _ = process.communicate()
     finally:
         process.kill()  # its family ends with it
-    assert process.returncode == status
-    assert words in error
+    assert ENDS[command] in output
+    assert output.count("KeyboardInterrupt") <= 1  # and not in the workers
+    assert process.returncode == (0 if "agree" in output else 1)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert {each.status() for each in alive} <= {psutil.STATUS_ZOMBIE}
 

@@ -2,59 +2,79 @@
 # requires-python = ">=3.10"
 # dependencies = ["matplotlib>=3.8", "pandas>=2.1"]
 # ///
-"""Print README.md's tables from a file of JSON lines; draw results.svg beside the file."""
-
-import sys
+"""Print README.md's tables from the rows of measure.sh; draw results.svg beside them."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-BENCHMARKS = ["numerical", "stateful", "expensive_init"]
-# Colours of Okabe and Ito, which colour-blind readers can tell apart.
-COLOURS = {"serial": "black", "multiprocessing": "#d55e00"}
-COLOURS |= {"multiprocessing-tuned": "#009e73", "ray": "#0072b2"}
+FOLDER = __file__.removesuffix("results.py")
+SCRIPTS = ["numerical.py", "stateful.py", "expensive_init.py"]
+STYLES = {"serial": "kD", "multiprocessing_naive": "C1o"}
+STYLES |= {"multiprocessing_tuned": "C0o", "ray_naive": "C1^", "ray_tuned": "C0^"}
 
 
-def print_table(rows, key, value):
-    """Print the medians of the runs, with the smallest and the largest, as Markdown."""
-    print(f"\n|{value}|{key}|{'|'.join(COLOURS)}|\n{'|---' * 6}|")
-    for (benchmark, number), group in rows.groupby(["benchmark", key], observed=True):
-        print(f"|{benchmark}|{number}|", end="")
-        for name in COLOURS:
-            runs = group.loc[group["implementation"] == name, value]
-            print(f"{runs.median():.3g} ({runs.min():.3g}–{runs.max():.3g})", end="|")
-        print()
+def read(name, lines_per_run):
+    rows = pd.read_json(FOLDER + name, lines=True)
+    rows["run"] = rows.index // lines_per_run
+    rows["first"] = rows["seconds"].str[0]
+    trials = zip(rows["seconds"], rows["num_warmups"])
+    rows["pass"] = [pd.Series(each[warmups:]).median() for each, warmups in trials]
+    return rows.fillna({"image_size": 0, "filter_size": 0})
 
 
-rows = pd.read_json(sys.argv[1], lines=True)
-rows["benchmark"] = pd.Categorical(rows["benchmark"], BENCHMARKS)
-rows["first"] = rows["seconds"].str[0]
-rows["milliseconds"] = rows["median_seconds"] * 1000
-rows["megabytes"] = rows["image_size"] ** 2 * 8 / 1e6
-defaults = rows[rows["filter_size"] != 1]
-sizes = rows[(rows["filter_size"] == 1) & (rows["num_cpus"] == 2)]
-print_table(defaults, "num_cpus", "median_seconds")
-print_table(defaults, "num_cpus", "first")
-print_table(sizes, "megabytes", "milliseconds")
-print_table(rows[rows["num_cpus"] > 2], "num_cpus", "median_seconds")
+def describe(ratios):  # median, smallest, largest, and how many are above 1
+    above = f"{(ratios > 1).sum()}/{ratios.count()}"
+    return f"{ratios.median():.2g} ({ratios.min():.2g}–{ratios.max():.2g}), {above}"
 
-figure, panels = plt.subplots(4, figsize=(5, 9), height_ratios=[1, 1, 1, 2])
-figure.set_layout_engine("constrained")
-for (benchmark, name), table in defaults.groupby(["benchmark", "implementation"]):
-    panel = panels[BENCHMARKS.index(benchmark)]
-    for workers, runs in table.groupby("num_cpus")["median_seconds"]:
-        height = 5 * workers + list(COLOURS).index(name)
-        panel.hlines(height, runs.min(), runs.max(), COLOURS[name], alpha=0.4, lw=6)
-        panel.plot(runs.median(), height, "o", color=COLOURS[name])
-    panel.set(title=f"{benchmark}.py, seconds a pass", xscale="log", ylim=(14, 4))
-    panel.set_yticks([6.5, 11.5], ["1 worker", "2 workers"])
-    panel.xaxis.set_major_locator(plt.LogLocator(subs=[1, 2, 5]))
-for name, colour in COLOURS.items():
-    runs = sizes[sizes["implementation"] == name].groupby("megabytes")["milliseconds"]
-    panels[3].loglog(runs.median(), "o-", color=colour, label=name)
-panels[3].set(title="numerical.py, one-pixel filters, milliseconds a pass", xlabel="MB")
+
+rows = pd.concat([read("benchmarks.jsonl", 8), read("sizes.jsonl", 5)])
+limits = rows[rows["num_cpus"] == 1].groupby("run")["pass"]  # one alone, two at once
+limit = 4 * limits.first() / (limits.sum() - limits.first())
+print("Work of two independent processes, relative to one:", describe(limit))
+medians, times, speeds, starts, pairs = [], [], [], [], []
+figure, panels = plt.subplots(4, figsize=(5, 9), layout="constrained")
+jobs = rows[rows["num_cpus"] == 2].groupby(["script", "filter_size", "image_size"])
+for (script, filter_size, image_size), runs in jobs:
+    megabytes = image_size**2 * 8e-6
+    size = f"{megabytes:.2g} MB, {filter_size:g}"
+    job = {0: script, 4: script}.get(filter_size, size)
+    passes = runs.pivot(index="run", columns="implementation", values="pass")[[*STYLES]]
+    first = runs.pivot(index="run", columns="implementation", values="first")[[*STYLES]]
+    times.append([job, *[f"{seconds * 1000:.2f}" for seconds in passes.median()]])
+    serial, pool, tuned_pool, ray, tuned_ray = [passes[name] for name in STYLES]
+    speed = 1 / passes.div(serial, axis=0)
+    medians.append([job, "{:.2g} → {:.2g}|{:.2g} → {:.2g}".format(*speed.median()[1:])])
+    speeds.append([job, f"{serial.median() * 1000:.2f}", *speed.apply(describe)[1:]])
+    gain = (-passes).add(serial, axis=0).clip(lower=0)  # seconds a pass
+    pays = (first.sub(first["serial"], axis=0) / gain).clip(lower=0).median() + 1
+    cells = [f"{first[n].median():.2g} s, {pays[n]:.0f}" for n in STYLES]
+    starts.append([job, *[each.replace("inf", "never") for each in cells[1:]]])
+    ratios = [pool / tuned_ray, tuned_pool / tuned_ray, pool / ray, pool / tuned_pool]
+    pairs.append([job, *map(describe, [*ratios, ray / tuned_ray])])
+    if filter_size == 4:
+        print("Share:", *speed.div(limit[speed.index], axis=0).apply(describe))
+    for height, (name, style) in enumerate(STYLES.items()):
+        if filter_size == 1:
+            panels[3].loglog(megabytes, passes[name].median(), style)
+        elif filter_size != 30:
+            panel = panels[SCRIPTS.index(script)]
+            panel.semilogx(passes[name], [-height] * len(passes), style, alpha=0.5)
+            panel.set(title=f"{script}, s a pass", xlim=(0.1, 5), ylim=(-5, 1))
+panels[3].set(title="numerical.py, filter of one pixel, s a pass", xlabel="MB sent")
 for axis in [panels[3].yaxis, *[panel.xaxis for panel in panels]]:
-    axis.set_major_formatter("{x:g}")
+    axis.set(major_locator=plt.LogLocator(subs=[1, 3]), major_formatter="{x:g}")
     axis.set_minor_formatter("")
-figure.legend(loc="outside lower center", ncols=2)
-figure.savefig(sys.argv[1].removesuffix("jsonl") + "svg")
+figure.legend(panels[0].lines, STYLES, loc="outside lower center", ncols=2)
+figure.savefig(FOLDER + "results.svg")
+NAMES = "Pool, naive|Pool, tuned|Ray, naive|Ray, tuned"
+PAIRS = "Ray tuned : Pool naive|Ray : Pool, tuned|Ray : Pool, naive|tuned : naive, Pool"
+for header, table in {
+    "speed|Pool, naive → tuned|Ray, naive → tuned": medians,
+    f"ms a pass|serial|{NAMES}": times,
+    f"speed|serial, ms a pass|{NAMES}": speeds,
+    f"first pass, pays after|{NAMES}": starts,
+    f"speed|{PAIRS}|tuned : naive, Ray": pairs,
+}.items():
+    print(f"\n|{header}|\n|{'---|' * (header.count('|') + 1)}")
+    for cells in table:
+        print(f"|{'|'.join(cells)}|")

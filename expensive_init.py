@@ -5,11 +5,11 @@
 # SPDX-License-Identifier: MIT-0
 """Expensive initialization: classify images with serial Python, multiprocessing and Ray.
 
-  serial                 loads the model once, and uses one thread per worker
-  multiprocessing_naive  loads the model in every call
-  multiprocessing_tuned  loads the model once per worker, in the Pool's initializer
-  ray_naive              loads the model in every call
-  ray_tuned              loads the model once per worker, in an actor
+  serial                 loads them once, and uses as many threads as workers
+  multiprocessing_naive  loads the model and the images in every call
+  multiprocessing_tuned  loads them once per worker, in the Pool's initializer
+  ray_naive              loads the model and the images in every call
+  ray_tuned              loads them once per worker, in an actor
 
 Each function starts its workers, then loops `for _ in passes`, which times each pass:
 send positions, classify, collect the labels. The first pass includes the start.
@@ -36,7 +36,7 @@ import numpy as np
 import psutil
 
 TITLE = "Expensive initialization: classify images with a neural network"
-mp = multiprocessing.get_context("spawn")  # fork is unsafe with threads
+mp = multiprocessing.get_context("spawn")  # a fork beside threads can hang
 
 
 def add_arguments(parser):
@@ -45,7 +45,7 @@ def add_arguments(parser):
 
 
 def make_inputs(args):
-    """Return the files' folder and batches (start, stop); exit if something lacks."""
+    """Return the files' folder and batches (start, stop); exit if a file is missing."""
     folder = os.getcwd()
     for name in ["model.keras", "images.npy"]:
         if not os.path.exists(name):
@@ -200,8 +200,8 @@ def watch_workers(finished):
 
 
 def follow_script():
-    """Exit when the script has ended: a lock may have died with another worker."""
-    while multiprocessing.parent_process() is None:  # as long as this is imported
+    """End this worker after the script, even if it waits for a killed worker's lock."""
+    while multiprocessing.parent_process() is None:  # until this file is imported
         time.sleep(0.1)
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -232,14 +232,14 @@ def main():
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
     print(f"{TITLE} ({args.num_cpus} workers)")
     if RAY_ADDRESS == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # the default, but no message
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # if set, Ray does not say so
     else:
         print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
     import ray  # after its settings, and before any timing
 
     inputs = make_inputs(args)
     setup = vars(args) | {"python": sys.version, "ray": ray.__version__}
-    first = args.implementations[0]
+    reference = args.implementations[0]
     print("\nseconds                   first   median      min      max  speedup")
     with open(args.json, "a") as file:
         for name in args.implementations:
@@ -247,11 +247,11 @@ def main():
             seconds, result = measure(IMPLEMENTATIONS[name], args, inputs)
             trials = seconds[args.num_warmups :]
             median = statistics.median(trials)
-            if name == first:
+            if name == reference:
                 expected = result
                 baseline = median
             elif result != expected:
-                sys.exit(f"\nThe results of {name} and {first} differ")
+                sys.exit(f"\nThe results of {name} and {reference} differ")
             print(f"{seconds[0]:9.3f}{median:9.3f}{min(trials):9.3f}", end="")
             print(f"{max(trials):9.3f}{baseline / median:8.2f}x")
             row = {"script": os.path.basename(__file__), "implementation": name}

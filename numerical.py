@@ -15,7 +15,8 @@ Each function starts its workers, then loops `for _ in passes`, which times each
 send the image, filter it, collect the results. The first pass includes the start.
 
 To reuse a function, copy it with what it uses, replace the loop with its body, and call
-it under `if __name__ == "__main__":`. Ray needs only ray.init(num_cpus=num_cpus).
+it under `if __name__ == "__main__":`; Ray needs only ray.init(num_cpus=num_cpus).
+Arrays that Ray returns are read-only.
 
 Run `python numerical.py` or `uv run numerical.py`. Ray starts on this machine, or joins
 the cluster at RAY_ADDRESS if set.
@@ -37,7 +38,7 @@ import psutil
 import scipy.signal
 
 TITLE = "Numerical data: filter one large image with one random filter per worker"
-mp = multiprocessing.get_context("spawn")  # fork is unsafe with threads
+mp = multiprocessing.get_context("spawn")  # a fork beside threads can hang
 
 
 def add_arguments(parser):
@@ -46,7 +47,7 @@ def add_arguments(parser):
 
 
 def make_inputs(args):
-    """Return a float64 image (image_size, image_size) and num_cpus smaller filters."""
+    """Return an image (size, size) and filters (num_cpus, size, size), all float64."""
     rng = np.random.default_rng(args.seed)
     image = rng.random((args.image_size, args.image_size))
     filters = rng.random((args.num_cpus, args.filter_size, args.filter_size))
@@ -77,9 +78,9 @@ def multiprocessing_naive(passes, num_cpus, image, filters):
     return results
 
 
-def attach_image(array, shape):  # runs once in each worker
+def attach_image(memory, shape):  # runs once in each worker
     global shared_image
-    shared_image = np.frombuffer(array).reshape(shape)
+    shared_image = np.frombuffer(memory).reshape(shape)
 
 
 def filter_shared_image(image_filter):
@@ -87,9 +88,9 @@ def filter_shared_image(image_filter):
 
 
 def multiprocessing_tuned(passes, num_cpus, image, filters):
-    array = mp.RawArray("d", image.size)  # "d" is float64
-    shared = np.frombuffer(array).reshape(image.shape)
-    with mp.Pool(num_cpus, attach_image, (array, image.shape)) as pool:
+    memory = mp.RawArray("d", image.size)  # "d" is float64
+    shared = np.frombuffer(memory).reshape(image.shape)
+    with mp.Pool(num_cpus, attach_image, (memory, image.shape)) as pool:
         for _ in passes:
             shared[:] = image
             results = pool.map(filter_shared_image, filters)
@@ -162,8 +163,8 @@ def watch_workers(finished):
 
 
 def follow_script():
-    """Exit when the script has ended: a lock may have died with another worker."""
-    while multiprocessing.parent_process() is None:  # as long as this is imported
+    """End this worker after the script, even if it waits for a killed worker's lock."""
+    while multiprocessing.parent_process() is None:  # until this file is imported
         time.sleep(0.1)
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -194,14 +195,14 @@ def main():
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
     print(f"{TITLE} ({args.num_cpus} workers)")
     if RAY_ADDRESS == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # the default, but no message
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # if set, Ray does not say so
     else:
         print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
     import ray  # after its settings, and before any timing
 
     inputs = make_inputs(args)
     setup = vars(args) | {"python": sys.version, "ray": ray.__version__}
-    first = args.implementations[0]
+    reference = args.implementations[0]
     print("\nseconds                   first   median      min      max  speedup")
     with open(args.json, "a") as file:
         for name in args.implementations:
@@ -209,11 +210,11 @@ def main():
             seconds, result = measure(IMPLEMENTATIONS[name], args, inputs)
             trials = seconds[args.num_warmups :]
             median = statistics.median(trials)
-            if name == first:
+            if name == reference:
                 expected = result
                 baseline = median
             elif result != expected:
-                sys.exit(f"\nThe results of {name} and {first} differ")
+                sys.exit(f"\nThe results of {name} and {reference} differ")
             print(f"{seconds[0]:9.3f}{median:9.3f}{min(trials):9.3f}", end="")
             print(f"{max(trials):9.3f}{baseline / median:8.2f}x")
             row = {"script": os.path.basename(__file__), "implementation": name}

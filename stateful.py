@@ -38,7 +38,7 @@ import time
 import psutil
 
 TITLE = "Stateful computation: find the popular prefixes in a stream of documents"
-mp = multiprocessing.get_context("spawn")  # fork is unsafe with threads
+mp = multiprocessing.get_context("spawn")  # a fork beside threads can hang
 
 
 def add_arguments(parser):
@@ -48,7 +48,7 @@ def add_arguments(parser):
 
 
 def make_inputs(args):
-    """Return one input: batches of num_cpus documents, each a list of random bytes."""
+    """Return [batches]; a batch is num_cpus documents, each a list of random words."""
     rng = random.Random(args.seed)
 
     def make_document():
@@ -219,8 +219,8 @@ def watch_workers(finished):
 
 
 def follow_script():
-    """Exit when the script has ended: a lock may have died with another worker."""
-    while multiprocessing.parent_process() is None:  # as long as this is imported
+    """End this worker after the script, even if it waits for a killed worker's lock."""
+    while multiprocessing.parent_process() is None:  # until this file is imported
         time.sleep(0.1)
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -251,14 +251,14 @@ def main():
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
     print(f"{TITLE} ({args.num_cpus} workers)")
     if RAY_ADDRESS == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # the default, but no message
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # if set, Ray does not say so
     else:
         print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
     import ray  # after its settings, and before any timing
 
     inputs = make_inputs(args)
     setup = vars(args) | {"python": sys.version, "ray": ray.__version__}
-    first = args.implementations[0]
+    reference = args.implementations[0]
     print("\nseconds                   first   median      min      max  speedup")
     with open(args.json, "a") as file:
         for name in args.implementations:
@@ -266,11 +266,11 @@ def main():
             seconds, result = measure(IMPLEMENTATIONS[name], args, inputs)
             trials = seconds[args.num_warmups :]
             median = statistics.median(trials)
-            if name == first:
+            if name == reference:
                 expected = result
                 baseline = median
             elif result != expected:
-                sys.exit(f"\nThe results of {name} and {first} differ")
+                sys.exit(f"\nThe results of {name} and {reference} differ")
             print(f"{seconds[0]:9.3f}{median:9.3f}{min(trials):9.3f}", end="")
             print(f"{max(trials):9.3f}{baseline / median:8.2f}x")
             row = {"script": os.path.basename(__file__), "implementation": name}

@@ -165,10 +165,10 @@ def test_answers():
 
 
 ENDS = {  # what a script says after Ctrl-C, or after one of its workers is killed
-    "stateful --impl multiprocessing_tuned": "KeyboardInterrupt",
-    "numerical --impl multiprocessing_naive": "-SIGKILL",
+    "stateful --num-t=999 --impl multiprocessing_tuned": "KeyboardInterrupt",
+    "numerical --num-t=999 --impl multiprocessing_naive": "-SIGKILL",
     "expensive_init --impl multiprocessing_tuned": "-SIGKILL",
-    "stateful --impl ray_tuned": "ActorDiedError",
+    "stateful --num-t=999 --impl ray_tuned": "ActorDiedError",
     "numerical --num-w=1 --num-t=2 --impl ray_naive": "All implementations agree.",
 }
 
@@ -181,6 +181,7 @@ def test_ends(command):
     worker = None
     try:
         while worker is None:
+            assert process.poll() is None
             family = psutil.Process(process.pid).children(recursive=True)
             for child in family:
                 with contextlib.suppress(psutil.Error):  # it has just ended

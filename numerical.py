@@ -155,9 +155,9 @@ def watch_workers(finished):
     while not finished.wait(timeout=0.1):
         workers.update(multiprocessing.active_children())
         for worker in workers:
-            # None: alive, 0: returned, -SIGTERM: terminated by the Pool
-            if worker.exitcode not in [None, 0, -signal.SIGTERM]:
-                print("\nA worker died:", worker, file=sys.stderr)
+            # Ctrl-C ends the workers, too, but then the script within a second.
+            if worker.exitcode and not finished.wait(timeout=1):
+                print("\nA worker has ended:", worker, file=sys.stderr)
                 print("If by SIGKILL, lower --num-cpus to save memory", file=sys.stderr)
                 os._exit(1)
 

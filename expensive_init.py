@@ -192,7 +192,7 @@ def watch_workers(finished):
     while not finished.wait(timeout=0.1):
         workers.update(multiprocessing.active_children())
         for worker in workers:
-            # Ctrl-C ends the workers, too, but then the script within a second.
+            # On Ctrl-C the workers end, too, and the script itself within this second.
             if worker.exitcode and not finished.wait(timeout=1):
                 print("\nA worker has ended:", worker, file=sys.stderr)
                 print("If by SIGKILL, lower --num-cpus to save memory", file=sys.stderr)

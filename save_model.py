@@ -68,12 +68,11 @@ def train(tf, images, labels):
 
 def main():
     parser = argparse.ArgumentParser(description="Train the model, save it with images")
-    parser.add_argument("--num-images", type=int, help="train on fewer (default: all)")
     parser.add_argument("--synthetic", action="store_true", help="do not ask for MNIST")
     args = parser.parse_args()
     tf = import_tensorflow()
     kind, training, test = load_images(tf.keras.datasets.mnist, args.synthetic)
-    model = train(tf, *[array[: args.num_images] for array in training])
+    model = train(tf, *training)
     _, accuracy = model.evaluate(*test, verbose=0)
     model.save("model.keras")
     test_images, _ = test

@@ -15,7 +15,7 @@ Each function starts its workers, then loops `for _ in passes`, which times each
 send positions, classify, collect the labels. The first pass includes the start.
 
 To reuse a function, copy it with what it uses, replace the loop with its body, and call
-it under `if __name__ == "__main__":`. Ray needs only ray.init(num_cpus=num_cpus).
+it under `if __name__ == "__main__":`. ray.init("local", num_cpus=num_cpus) starts Ray.
 
 Run save_model.py first, then `python expensive_init.py`. Ray starts on this machine, or
 joins the cluster at RAY_ADDRESS if set; then each node needs the model in this folder.

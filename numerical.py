@@ -15,7 +15,7 @@ Each function starts its workers, then loops `for _ in passes`, which times each
 send the image, filter it, collect the results. The first pass includes the start.
 
 To reuse a function, copy it with what it uses, replace the loop with its body, and call
-it under `if __name__ == "__main__":`; Ray needs only ray.init(num_cpus=num_cpus).
+it under `if __name__ == "__main__":`. ray.init("local", num_cpus=num_cpus) starts Ray.
 Arrays that Ray returns are read-only.
 
 Run `python numerical.py` or `uv run numerical.py`. Ray starts on this machine, or joins

@@ -15,7 +15,7 @@ Each function starts its workers, then loops `for _ in passes`, which times each
 send the words, count, collect the popular prefixes. The first pass includes the start.
 
 To reuse a function, copy it with what it uses, replace the loop with its body, and call
-it under `if __name__ == "__main__":`. Ray needs only ray.init(num_cpus=num_cpus).
+it under `if __name__ == "__main__":`. ray.init("local", num_cpus=num_cpus) starts Ray.
 
 Run `python stateful.py` or `uv run stateful.py`. Ray starts on this machine, or joins
 the cluster at RAY_ADDRESS if set.

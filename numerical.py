@@ -14,8 +14,8 @@
 Each function starts its workers, then loops `for _ in passes`, which times each pass:
 send the image, filter it, collect the results. The first pass includes the start.
 
-To reuse a function, copy it with what it uses, replace the loop with its body, and call
-it under `if __name__ == "__main__":`. ray.init("local", num_cpus=num_cpus) starts Ray.
+To reuse a function, copy it with what it uses, call it with range(1) as passes, under
+`if __name__ == "__main__":`. To start Ray, use ray.init("local", num_cpus=num_cpus).
 Arrays that Ray returns are read-only.
 
 Run `python numerical.py` or `uv run numerical.py`. Ray starts on this machine, or joins
@@ -38,7 +38,7 @@ import psutil
 import scipy.signal
 
 TITLE = "Numerical data: filter one large image with one random filter per worker"
-mp = multiprocessing.get_context("spawn")  # a fork beside threads can hang
+mp = multiprocessing.get_context("spawn")  # forking beside threads can hang
 
 
 def add_arguments(parser):
@@ -115,7 +115,7 @@ def ray_tuned(passes, num_cpus, image, filters):
         for _ in passes:
             image_ref = ray.put(image)
             results = ray.get([task.remote(image_ref, f) for f in filters])
-            del image_ref  # free it before the next put
+            del image_ref  # or the store holds two images
     return results
 
 
@@ -143,7 +143,7 @@ def measure(implementation, args, inputs):
         for _ in range(args.num_warmups + args.num_trials):
             yield
             times.append(time.perf_counter())
-        finished.set()  # from here on the workers may end
+        finished.set()  # from here on, a worker may end
 
     result = implementation(passes(), args.num_cpus, *inputs)
     return [end - start for start, end in itertools.pairwise(times)], freeze(result)
@@ -155,16 +155,16 @@ def watch_workers(finished):
     while not finished.wait(timeout=0.1):
         workers.update(multiprocessing.active_children())
         for worker in workers:
-            # On Ctrl-C the workers end, too, and the script itself within this second.
-            if worker.exitcode and not finished.wait(timeout=1):
+            pool_ends = worker.exitcode == -signal.SIGTERM  # after an error or Ctrl-C
+            if worker.exitcode and not finished.wait(timeout=10 if pool_ends else 1):
                 print("\nA worker has ended:", worker, file=sys.stderr)
                 print("If by SIGKILL, lower --num-cpus to save memory", file=sys.stderr)
                 os._exit(1)
 
 
 def follow_script():
-    """End this worker after the script, even if it waits for a killed worker's lock."""
-    while multiprocessing.parent_process() is None:  # until this file is imported
+    """End this worker with the script, even if it waits for a killed worker's lock."""
+    while multiprocessing.parent_process() is None:  # while this file is imported
         time.sleep(0.1)
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -195,7 +195,7 @@ def main():
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
     print(f"{TITLE} ({args.num_cpus} workers)")
     if RAY_ADDRESS == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # if set, Ray does not say so
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # or Ray prints a note on it
     else:
         print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
     import ray  # after its settings, and before any timing

@@ -14,8 +14,8 @@
 Each function starts its workers, then loops `for _ in passes`, which times each pass:
 send the words, count, collect the popular prefixes. The first pass includes the start.
 
-To reuse a function, copy it with what it uses, replace the loop with its body, and call
-it under `if __name__ == "__main__":`. ray.init("local", num_cpus=num_cpus) starts Ray.
+To reuse a function, copy it with what it uses, call it with range(1) as passes, under
+`if __name__ == "__main__":`. To start Ray, use ray.init("local", num_cpus=num_cpus).
 
 Run `python stateful.py` or `uv run stateful.py`. Ray starts on this machine, or joins
 the cluster at RAY_ADDRESS if set.
@@ -38,7 +38,7 @@ import time
 import psutil
 
 TITLE = "Stateful computation: find the popular prefixes in a stream of documents"
-mp = multiprocessing.get_context("spawn")  # a fork beside threads can hang
+mp = multiprocessing.get_context("spawn")  # forking beside threads can hang
 
 
 def add_arguments(parser):
@@ -66,7 +66,7 @@ def freeze(popular):
 
 
 def split(documents, num_cpus):
-    """Return num_cpus lists of words; a word's first byte (0 to 255) selects its list."""
+    """Return num_cpus lists of words; those that share a prefix are in the same list."""
     shares = [[] for _ in range(num_cpus)]
     for word in itertools.chain(*documents):
         shares[word[0] % num_cpus].append(word)
@@ -199,7 +199,7 @@ def measure(implementation, args, inputs):
         for _ in range(args.num_warmups + args.num_trials):
             yield
             times.append(time.perf_counter())
-        finished.set()  # from here on the workers may end
+        finished.set()  # from here on, a worker may end
 
     result = implementation(passes(), args.num_cpus, *inputs)
     return [end - start for start, end in itertools.pairwise(times)], freeze(result)
@@ -211,16 +211,16 @@ def watch_workers(finished):
     while not finished.wait(timeout=0.1):
         workers.update(multiprocessing.active_children())
         for worker in workers:
-            # On Ctrl-C the workers end, too, and the script itself within this second.
-            if worker.exitcode and not finished.wait(timeout=1):
+            pool_ends = worker.exitcode == -signal.SIGTERM  # after an error or Ctrl-C
+            if worker.exitcode and not finished.wait(timeout=10 if pool_ends else 1):
                 print("\nA worker has ended:", worker, file=sys.stderr)
                 print("If by SIGKILL, lower --num-cpus to save memory", file=sys.stderr)
                 os._exit(1)
 
 
 def follow_script():
-    """End this worker after the script, even if it waits for a killed worker's lock."""
-    while multiprocessing.parent_process() is None:  # until this file is imported
+    """End this worker with the script, even if it waits for a killed worker's lock."""
+    while multiprocessing.parent_process() is None:  # while this file is imported
         time.sleep(0.1)
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -251,7 +251,7 @@ def main():
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # no `uv` in workers
     print(f"{TITLE} ({args.num_cpus} workers)")
     if RAY_ADDRESS == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # if set, Ray does not say so
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # or Ray prints a note on it
     else:
         print(f"Ray joins {RAY_ADDRESS}, which needs {args.num_cpus} free CPUs")
     import ray  # after its settings, and before any timing

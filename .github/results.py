@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["matplotlib>=3.8", "pandas>=2.1"]
 # ///
-"""Print README.md's tables from the rows of measure.sh; draw results.svg beside them."""
+"""Print the figures of README.md from the rows of measure.sh; draw results.svg."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -41,17 +41,17 @@ for (script, filter_size, image_size), runs in jobs:
     first = runs.pivot(index="run", columns="implementation", values="first")[[*STYLES]]
     serial, pool, tuned_pool, ray, tuned_ray = [passes[name] for name in STYLES]
     speed = 1 / passes.div(serial, axis=0)
-    medians.append([job, "{:.2g} → {:.2g}|{:.2g} → {:.2g}".format(*speed.median()[1:])])
+    medians.append([job, "{:.2g}→{:.2g}|{:.2g}→{:.2g}".format(*speed.median()[1:])])
     speeds.append([job, f"{serial.median():.2g}", *speed.apply(describe)[1:]])
     gain = (-passes).add(serial, axis=0).clip(lower=0)  # seconds a pass
-    pays = (first.sub(first["serial"], axis=0) / gain).clip(lower=0).median() + 1
-    pays = pays.where((gain > 0).mean() >= 0.8)  # or it is not clearly faster
-    cells = [f"{first[n].median():.2g} s, {pays[n]:.0f}" for n in STYLES]
-    starts.append([job, *[each.replace("nan", "–") for each in cells[1:]]])
+    pays = (first.sub(first["serial"], axis=0) / gain).clip(lower=0) + 1  # passes
+    starts.append([job])
+    for name in STYLES:
+        quartiles = pays[name].quantile([0.25, 0.5, 0.75], interpolation="nearest")
+        cell = "{3:.2g} s, {1:.0f} ({0:.0f}–{2:.0f})"
+        starts[-1].append(cell.format(*quartiles, first[name].median()))
     ratios = [pool / tuned_ray, tuned_pool / tuned_ray, pool / ray, pool / tuned_pool]
     pairs.append([job, *map(describe, [*ratios, ray / tuned_ray])])
-    if filter_size == 4:
-        print("Share:", *speed.div(limit[speed.index], axis=0).apply(describe))
     for height, (name, style) in enumerate(STYLES.items()):
         if filter_size == 1:
             panels[3].loglog(size, passes[name].median(), style)
@@ -71,7 +71,7 @@ PAIRS = "Ray tuned : Pool naive|Ray : Pool, tuned|Ray : Pool, naive|tuned : naiv
 for header, table in {
     "speed|Pool, naive → tuned|Ray, naive → tuned": medians,
     f"speed|serial, s a pass|{NAMES}": speeds,
-    f"first pass, pays after|{NAMES}": starts,
+    f"first pass, pays after|serial|{NAMES}": starts,
     f"speed|{PAIRS}|tuned : naive, Ray": pairs,
 }.items():
     print(f"\n|{header}|\n|{'---|' * (header.count('|') + 1)}")

@@ -21,7 +21,7 @@ import save_model
 import stateful
 
 HERE = pathlib.Path(__file__).resolve().parent
-SIZES = {numerical: "--image-s=90", stateful: "--words=40", expensive_init: "--num-b=2"}
+SIZES = {numerical: "--image-s=90", stateful: "--words=40", expensive_init: "--num-b=5"}
 NAMES = list(numerical.IMPLEMENTATIONS)
 each_script = pytest.mark.parametrize("script", SIZES, ids=lambda each: each.__name__)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # or `&` has it ignored
@@ -135,8 +135,8 @@ def test_implementations(script, address, monkeypatch, tmp_path):
         assert len(first) == (0 if name == "serial" else 3)  # workers
     assert results == {script.freeze(script.serial([1], 3, *make_inputs(seed=1)))}
     assert results != {script.freeze(script.serial([1], 3, *make_inputs(seed=0)))}
-    # The image: 2 passes, 3 workers. The folder: 2 passes of 6 batches, or 3 workers.
-    expected = {numerical: [0, 6, 0, 6, 2], expensive_init: [0, 12, 3, 12, 3]}
+    # The image: 2 passes, 3 workers. The folder: 2 passes of 15 batches, or 3 workers.
+    expected = {numerical: [0, 6, 0, 6, 2], expensive_init: [0, 30, 3, 30, 3]}
     assert counts == expected.get(script, [0] * 5)
 
 

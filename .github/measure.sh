@@ -7,7 +7,7 @@
 # a machine that does nothing else. Stop it when you like: rows are added when a run is
 # complete, and the same command goes on where it was stopped.
 set -euo pipefail
-trap 'exit 1' TERM # after the present run; Ctrl-C ends that, too
+trap 'exit 1' TERM # when the present command has ended; Ctrl-C ends that, too
 cd "$(dirname "$0")/.."
 rounds=${1:-15}
 benchmarks=.github/benchmarks.jsonl

@@ -42,9 +42,9 @@ for (script, filter_size, image_size), runs in jobs:
     serial, pool, tuned_pool, ray, tuned_ray = [passes[name] for name in STYLES]
     speed = 1 / passes.div(serial, axis=0)
     medians.append([job, "{:.2g}→{:.2g}|{:.2g}→{:.2g}".format(*speed.median()[1:])])
-    speeds.append([job, f"{serial.median():.2g}", *speed.apply(describe)[1:]])
+    speeds.append([job, f"{1000 * serial.median():.4g}", *speed.apply(describe)[1:]])
     gain = (-passes).add(serial, axis=0).clip(lower=0)  # seconds a pass
-    pays = (first.sub(first["serial"], axis=0) / gain).clip(lower=0) + 1  # passes
+    pays = -(first.rsub(first["serial"], axis=0) // gain).clip(upper=0) + 1  # passes
     starts.append([job])
     for name in STYLES:
         quartiles = pays[name].quantile([0.25, 0.5, 0.75], interpolation="nearest")
@@ -70,7 +70,7 @@ NAMES = "Pool, naive|Pool, tuned|Ray, naive|Ray, tuned"
 PAIRS = "Ray tuned : Pool naive|Ray : Pool, tuned|Ray : Pool, naive|tuned : naive, Pool"
 for header, table in {
     "speed|Pool, naive → tuned|Ray, naive → tuned": medians,
-    f"speed|serial, s a pass|{NAMES}": speeds,
+    f"speed|serial, ms a pass|{NAMES}": speeds,
     f"first pass, pays after|serial|{NAMES}": starts,
     f"speed|{PAIRS}|tuned : naive, Ray": pairs,
 }.items():

@@ -52,8 +52,7 @@ def test_command_line(script, address, monkeypatch, tmp_path):
     _, *rows = map(json.loads, file.read_text().splitlines())
     for name, line, row in zip(NAMES, lines, rows, strict=True):
         assert line.split()[0] == row["implementation"] == name
-        assert row["script"] == f"{script.__name__}.py"
-        assert len(row["seconds"]) == 2
+        assert (row["script"], len(row["seconds"])) == (f"{script.__name__}.py", 2)
 
 
 def test_measurement(monkeypatch, capsys):
@@ -140,7 +139,7 @@ def test_implementations(script, address, monkeypatch, tmp_path):
     assert counts == expected.get(script, [0] * 5)
 
 
-def test_answers():
+def test_answers(address, monkeypatch):
     image, image_filter = np.random.default_rng(1).random((2, 33, 33))
     expected = scipy.signal.fftconvolve(image, image_filter)[::5, ::5]
     np.testing.assert_allclose(numerical.filter_image(image, image_filter), expected)
@@ -149,6 +148,7 @@ def test_answers():
     _, (_, labels) = save_model.make_synthetic_images()
     (result,) = expensive_init.serial([1], 3, os.getcwd(), [(100, 900)])
     assert (result == labels[100:900]).mean() > 0.9
+    monkeypatch.setattr(stateful, "RAY_ADDRESS", address)
     for tuned in [stateful.multiprocessing_tuned, stateful.ray_tuned]:
         with pytest.raises(TypeError):  # from the worker, as words are no lists
             tuned([1], 1, [[[[0, 1]]]])

@@ -14,7 +14,7 @@
 Each function starts its workers, then loops `for _ in passes`, which times each pass:
 send positions, classify, collect the labels. The first pass includes the start.
 
-To reuse a function, copy it with what it uses, call it with range(1) as passes, under
+To reuse a function, copy it and what it uses. Call it with range(1) as passes, under
 `if __name__ == "__main__":`. To start Ray, use ray.init("local", num_cpus=num_cpus).
 
 Run save_model.py first, then `python expensive_init.py`. Ray starts on this machine, or

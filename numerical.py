@@ -14,7 +14,7 @@
 Each function starts its workers, then loops `for _ in passes`, which times each pass:
 send the image, filter it, collect the results. The first pass includes the start.
 
-To reuse a function, copy it with what it uses, call it with range(1) as passes, under
+To reuse a function, copy it and what it uses. Call it with range(1) as passes, under
 `if __name__ == "__main__":`. To start Ray, use ray.init("local", num_cpus=num_cpus).
 Arrays that Ray returns are read-only.
 

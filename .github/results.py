@@ -48,8 +48,9 @@ for (script, filter_size, image_size), runs in jobs:
     starts.append([job])
     for name in STYLES:
         quartiles = pays[name].quantile([0.25, 0.5, 0.75], interpolation="nearest")
-        cell = "{3:.2g} s, {1:.0f} ({0:.0f}–{2:.0f})"
-        starts[-1].append(cell.format(*quartiles, first[name].median()))
+        when = "{1:.0f} ({0:.0f}–{2:.0f})".format(*quartiles).replace("inf", "never")
+        cell = f"{first[name].median():.2g} s, {when}".removesuffix(" (never–never)")
+        starts[-1].append(cell.removesuffix(", nan (nan–nan)"))
     ratios = [pool / tuned_ray, tuned_pool / tuned_ray, pool / ray, pool / tuned_pool]
     pairs.append([job, *map(describe, [*ratios, ray / tuned_ray])])
     for height, (name, style) in enumerate(STYLES.items()):
